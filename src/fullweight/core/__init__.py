@@ -1,0 +1,1 @@
+"""Configuration, errors, shared types and the registry: the bottom layer, imported by everything."""

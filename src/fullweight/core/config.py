@@ -1,0 +1,117 @@
+"""Frozen, strict configuration: TOML in, one nested pydantic model out.
+
+Every component owns a `Config` subclass and a parent nests its children, repeating no field. Unknown keys
+are refused with the nearest valid name; the resolved config is written as JSON beside the run. This module
+imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fullweight.core.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, no unknown keys, validated defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def resolve(cls, values: dict[str, Any], source: str = "config") -> Self:
+        """Validate a nested dict; raises ConfigError naming each key, what was found and what is valid."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(cls, error, source)) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a TOML file and apply `a.b=c` overrides in order."""
+        return cls.resolve(apply_overrides(read_toml(path), overrides), str(path))
+
+    def to_json(self) -> str:
+        """The resolved config, every default spelt out."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file; raises ConfigError when it is absent or not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}; give the path of a .toml file") from None
+    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=c` set; c is a TOML value, or else a bare string.
+
+    >>> apply_overrides({"a": {"b": 1}}, ["a.b=2", "a.c=[1, 2]", "d=text"])
+    {'a': {'b': 2, 'c': [1, 2]}, 'd': 'text'}
+    """
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"--set takes key=value, such as train.num_steps=100; found {override!r}")
+        table = result
+        for part in parts[:-1]:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
+        try:
+            table[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[parts[-1]] = text
+    return result
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """' (did you mean ...?)' for the closest valid name, or the list of valid names."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Names valid at a location inside a nested model (union members are merged)."""
+    models: list[type[BaseModel]] = [model]
+    for part in location:
+        found: list[type[BaseModel]] = []
+        for current in models:
+            if part in current.model_fields:
+                found += _models_in(current.model_fields[str(part)].annotation)
+        models = found or models
+    return sorted({name for current in models for name in current.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in get_args(annotation) for m in _models_in(argument)]
+
+
+def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        location, kind = item["loc"], item["type"]
+        where = ".".join(str(p) for p in location) or "(top level)"
+        if kind == "extra_forbidden":
+            hint = nearest(str(location[-1]), _fields_at(model, location[:-1]))
+            lines.append(f"unknown key {where}; {hint}")
+        elif kind == "missing":
+            lines.append(f"{where} is required and has no default")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+            lines.append(f"{where}: {message}{found}")
+    return f"{source}: " + "\n  ".join(lines)
