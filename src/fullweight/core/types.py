@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -85,7 +86,9 @@ class PackedLayout:
         starts = torch.cumsum(sizes, 0) - sizes
         document_starts = torch.repeat_interleave(starts, sizes)
         positions = torch.arange(total) - document_starts
-        tables = {r: _compression_table(r, sizes, starts, positions) for r in sorted({r for r in ratios if r > 0})}
+        tables = {
+            r: _compression_table(r, sizes, starts, positions) for r in sorted({r for r in ratios if r > 0})
+        }
         return PackedLayout(tuple(lengths), num_padding, positions, document_starts, tables)
 
     def to(self, device: torch.device | str) -> PackedLayout:
@@ -149,3 +152,16 @@ class Batch:
             targets[:-ahead] = torch.where(inside, self.tokens[ahead:], 0)
             weights[:-ahead] = torch.where(inside, self.loss_mask[ahead:], 0.0)
         return targets, weights
+
+
+@dataclass(frozen=True)
+class ParameterRole:
+    """How a parameter is optimised.
+
+    A `muon` parameter is `num_matrices` independent matrices of equal shape stacked along its leading
+    dimensions: `parameter.view(num_matrices, -1, parameter.shape[-1])`.
+    """
+
+    optimizer: Literal["muon", "adamw"]
+    num_matrices: int = 1
+    weight_decay: bool = True
