@@ -1,0 +1,24 @@
+"""Fullweight: full-parameter post-training of DeepSeek-V4-class models, with evidence.
+
+`fullweight.load(folder)` gives a model to query; the command line does the rest. Importing this package
+imports no torch: planning and configuration run without it.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fullweight.api import LoadedModel, load
+
+__version__ = version("fullweight")
+__all__ = ["LoadedModel", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "LoadedModel"):
+        from fullweight import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fullweight' has no attribute {name!r}")

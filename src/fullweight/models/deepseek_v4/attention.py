@@ -1,0 +1,123 @@
+"""Attention with one shared key-value head: sliding window, plus compressed entries in CSA and HCA layers.
+
+Source: report section 2.3. Queries are low-rank; keys are values; rotation is undone on the output, so that
+what an entry contributes depends on relative position only; the output projection is block-diagonal over
+groups of heads and then mixes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fullweight.models.deepseek_v4.cache import DecodeContext, LayerCache
+from fullweight.models.deepseek_v4.compressor import Compressor
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config, LayerKind
+from fullweight.models.deepseek_v4.context import Context
+from fullweight.models.deepseek_v4.indexer import Indexer, IndexerOutput
+from fullweight.models.deepseek_v4.layers import Norm, Projection
+from fullweight.models.deepseek_v4.rotary import Rotation
+from fullweight.ops.reference import AttentionOutput, Compressed, ReferenceOperations
+
+
+class Attention(nn.Module):
+    """One layer's attention; `indexer_loss` is over "selected" or all "visible" entries, or "none"."""
+
+    def __init__(
+        self, config: DeepSeekV4Config, ops: ReferenceOperations, layer: int, indexer_loss: str
+    ) -> None:
+        super().__init__()
+        self.config, self.ops, self.layer, self.indexer_loss = config, ops, layer, indexer_loss
+        d, c, heads, eps = config.hidden_size, config.head_dim, config.num_attention_heads, config.rms_norm_eps
+        self.kind = config.layer_kind(layer)
+        self.ratio = config.compress_ratios[layer]
+        self.wq_a = Projection(ops, d, config.q_lora_rank)
+        self.q_norm = Norm(ops, config.q_lora_rank, eps)
+        self.wq_b = Projection(ops, config.q_lora_rank, heads * c)
+        self.wkv = Projection(ops, d, c)
+        self.kv_norm = Norm(ops, c, eps)
+        groups, rank = config.o_groups, config.o_lora_rank
+        self.wo_a = Projection(ops, heads * c // groups, groups * rank, groups)
+        self.wo_b = Projection(ops, groups * rank, d)
+        self.attn_sink = nn.Parameter(torch.empty(heads))
+        if self.kind is not LayerKind.SLIDING:
+            self.compressor = Compressor(config, ops, self.ratio, c)
+        if self.kind is LayerKind.CSA:
+            self.indexer = Indexer(config, ops)
+
+    def forward(self, x: Tensor, context: Context | DecodeContext) -> Tensor:
+        """x [T, d] -> [T, d]; in a DecodeContext T counts sequences, one new token each."""
+        rotation = context.main if self.kind is LayerKind.SLIDING else context.compress
+        latent = self.q_norm(self.wq_a(x))
+        q = self.wq_b(latent).view(x.shape[0], self.config.num_attention_heads, self.config.head_dim)
+        q = self.ops.norm_rotary(q, None, self.config.rms_norm_eps, rotation.cos, rotation.sin)
+        kv = self.ops.norm_rotary(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, rotation.cos, rotation.sin)
+        if isinstance(context, DecodeContext):
+            out = self._decode(x, latent, q, kv, context)
+        else:
+            out = self._packed(x, latent, q, kv, context)
+        return self._project_out(out, rotation)
+
+    def _project_out(self, out: Tensor, rotation: Rotation) -> Tensor:
+        inverse = rotation.inverse()
+        out = self.ops.rotary(out, inverse.cos, inverse.sin)
+        groups = self.config.o_groups
+        out = out.reshape(out.shape[0], groups, -1)
+        return self.wo_b(self.wo_a(out if groups > 1 else out.squeeze(1)))
+
+    def _packed(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, context: Context) -> Tensor:
+        compressed, index = None, None
+        capture = context.capture[self.layer] if context.capture is not None else None
+        if capture is not None:
+            capture.fill_window(kv, context.layout)
+        if self.kind is not LayerKind.SLIDING:
+            table, entry_rotation = context.layout.tables[self.ratio], context.entries[self.ratio]
+            pooled = self.compressor(x, table, entry_rotation)
+            if self.kind is LayerKind.CSA:
+                index = self.indexer(x, latent, table, context.compress, entry_rotation)
+            compressed = Compressed(pooled.entries, table, index.selected if index is not None else None)
+            if capture is not None:
+                capture.main.fill(pooled, context.layout)
+                if index is not None:
+                    capture.index.fill(index.compressed, context.layout)
+        result = self.ops.attention(
+            q, kv, self.attn_sink, context.layout, self.config.sliding_window, compressed
+        )
+        if index is not None and compressed is not None and context.with_losses:
+            self._train_indexer(index, q, result, compressed, context)
+        return result.out
+
+    def _train_indexer(
+        self, index: IndexerOutput, q: Tensor, result: AttentionOutput, compressed: Compressed, context: Context
+    ) -> None:
+        tokens = context.layout.num_tokens - context.layout.num_padding
+        keys = index.compressed.entries
+        if self.indexer_loss == "selected":
+            assert result.mass is not None
+            loss = self.ops.indexer_loss(
+                index.queries, keys, index.weights, index.selected, result.mass, tokens
+            )
+        elif self.indexer_loss == "visible":
+            loss = self.ops.dense_indexer_loss(
+                index.queries, keys, index.weights, q, result.lse, compressed, tokens
+            )
+        else:
+            return
+        context.aux.indexer.append(loss)
+
+    def _decode(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, context: DecodeContext) -> Tensor:
+        cache: LayerCache = context.layers[self.layer]
+        keys, seen = cache.append_window(kv, context.positions)
+        if self.kind is not LayerKind.SLIDING:
+            entries, entry_seen = cache.main.append(self.compressor, x, context)
+            if self.kind is LayerKind.CSA:
+                index_keys, _ = cache.index.append(self.indexer.compressor, x, context)
+                queries, weights = self.indexer.query(x, latent, context.compress)
+                entry_seen = cache.select(queries, weights, index_keys, entry_seen, self.config.index_topk)
+            keys, seen = torch.cat((keys, entries), 1), torch.cat((seen, entry_seen), 1)
+        wide = self.attn_sink.dtype
+        scores = torch.einsum("bhc,bsc->bhs", q, keys).to(wide) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~seen.unsqueeze(1), float("-inf"))
+        logits = torch.cat((scores, self.attn_sink.view(1, -1, 1).expand(q.shape[0], -1, 1)), -1)
+        probabilities = torch.softmax(logits, -1)[..., :-1]
+        return torch.einsum("bhs,bsc->bhc", probabilities.to(q.dtype), keys)

@@ -1,0 +1,75 @@
+"""One transformer block and the multi-token-prediction (MTP) block built on it.
+
+Source: report sections 2.1, 2.2 (two sublayers, each with its own hyper-connection) and DeepSeek-V3 section
+2.2 (MTP): the MTP block reads the trunk's streams before they are collapsed and the embedding of the next
+token, and predicts the token after it through the shared head.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fullweight.models.deepseek_v4.attention import Attention
+from fullweight.models.deepseek_v4.cache import DecodeContext
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.context import Context
+from fullweight.models.deepseek_v4.hyper_connection import (
+    hyper_head,
+    hyper_pre,
+    register_hyper_connection,
+    register_hyper_head,
+)
+from fullweight.models.deepseek_v4.layers import Norm, Projection
+from fullweight.models.deepseek_v4.moe import MoE
+from fullweight.ops.reference import ReferenceOperations
+
+
+class Sublayers(nn.Module):
+    """Attention and experts, each between a hyper-connection's pre and post."""
+
+    def __init__(
+        self, config: DeepSeekV4Config, ops: ReferenceOperations, layer: int, indexer_loss: str = "none"
+    ) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.attn = Attention(config, ops, layer, indexer_loss)
+        self.attn_norm = Norm(ops, config.hidden_size, config.rms_norm_eps)
+        self.ffn = MoE(config, ops, config.is_hash_layer(layer))
+        self.ffn_norm = Norm(ops, config.hidden_size, config.rms_norm_eps)
+        register_hyper_connection(self, "hc_attn", config)
+        register_hyper_connection(self, "hc_ffn", config)
+
+    def mix(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
+        """streams [T, n, d] -> [T, n, d]."""
+        hyper = hyper_pre(self, "hc_attn", self.config, self.ops, streams)
+        y = self.attn(self.attn_norm(hyper.input), context)
+        streams = self.ops.hyper_post(streams, y, hyper.post, hyper.comb)
+        hyper = hyper_pre(self, "hc_ffn", self.config, self.ops, streams)
+        y = self.ffn(self.ffn_norm(hyper.input), context)
+        return self.ops.hyper_post(streams, y, hyper.post, hyper.comb)
+
+
+class Block(Sublayers):
+    """A main layer."""
+
+    def forward(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
+        """streams [T, n, d] -> [T, n, d]; in a DecodeContext T counts sequences, one new token each."""
+        return self.mix(streams, context)
+
+
+class MtpBlock(Sublayers):
+    """Depth-1 multi-token prediction; shares embedding and head with the trunk."""
+
+    def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations) -> None:
+        super().__init__(config, ops, config.num_hidden_layers)
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.e_proj, self.h_proj = Projection(ops, d, d), Projection(ops, d, d)
+        self.enorm, self.hnorm = Norm(ops, d, eps), Norm(ops, d, eps)
+        self.norm = Norm(ops, d, eps)
+        register_hyper_head(self, config)
+
+    def forward(self, streams: Tensor, embedded: Tensor, context: Context) -> Tensor:
+        """Trunk streams [T, n, d] and embedded next tokens [T, d] to the head's input [T, d]."""
+        token = self.e_proj(self.enorm(embedded)).unsqueeze(1)
+        streams = self.mix(token + self.h_proj(self.hnorm(streams)), context)
+        return self.norm(hyper_head(self, self.config, self.ops, streams))

@@ -1,0 +1,56 @@
+"""The compressor: windows of m tokens pooled into one entry by a learned gate, per channel.
+
+HCA pools 128 tokens without overlap; CSA (and its indexer) pools 4 tokens jointly with the 4 before, each
+token giving one half of its channels to its own window and the other half to the next. The projections, the
+gate's softmax and the pooling are fp32, as in the reference code. Source: report sections 2.3.1 and 2.3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fullweight.core.types import CompressionTable
+from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
+from fullweight.models.deepseek_v4.layers import Norm, Projection
+from fullweight.models.deepseek_v4.rotary import Rotation
+from fullweight.ops.reference import ReferenceOperations
+
+
+@dataclass(frozen=True)
+class CompressorOutput:
+    """entries [E, c] in the compute dtype, normed and rotated; values and gates [T, W] fp32, for a cache."""
+
+    entries: Tensor
+    values: Tensor
+    gates: Tensor
+
+
+class Compressor(nn.Module):
+    """Entries of width `width` for one ratio."""
+
+    def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, ratio: int, width: int) -> None:
+        super().__init__()
+        self.ops, self.ratio, self.overlap = ops, ratio, ratio == CSA_RATIO
+        channels = width * (2 if self.overlap else 1)
+        self.wkv = Projection(ops, config.hidden_size, channels)
+        self.wgate = Projection(ops, config.hidden_size, channels)
+        self.ape = nn.Parameter(torch.empty(ratio, channels))
+        self.norm = Norm(ops, width, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, table: CompressionTable, rotation: Rotation) -> CompressorOutput:
+        """x [T, d]; `rotation` belongs to the entries' positions."""
+        values, gates = self.project(x)
+        pooled = self.ops.compress(values, gates, self.ape, table, self.overlap)
+        return CompressorOutput(self.finish(pooled, rotation, x.dtype), values, gates)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.to(self.ape.dtype)
+        return self.wkv(wide), self.wgate(wide)
+
+    def finish(self, pooled: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
+        """Norm and rotate pooled entries [E, c]."""
+        normed = self.ops.norm_rotary(pooled, self.norm.weight, self.norm.eps, rotation.cos, rotation.sin)
+        return normed.to(dtype)

@@ -1,0 +1,70 @@
+"""What every layer of one forward pass shares: the layout, the rotary tables, the masks.
+
+Built once per forward by the model; layers only read it. `aux` collects what the layers report beside their
+output: sums of the indexer's and the balance loss, and how many tokens each expert got.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fullweight.core.types import PackedLayout
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.rotary import Rotation, frequencies, rotation
+
+if TYPE_CHECKING:
+    from fullweight.models.deepseek_v4.cache import LayerCache
+
+
+@dataclass
+class Auxiliary:
+    """Sums over layers (fp32 scalars) and expert counts [layers, experts] (int64) of one forward pass."""
+
+    indexer: list[Tensor] = field(default_factory=list)
+    balance: list[Tensor] = field(default_factory=list)
+    expert_counts: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Shared inputs of a packed forward pass over T tokens."""
+
+    tokens: Tensor  # [T] int64
+    layout: PackedLayout
+    documents: Tensor  # [T] int64 index of the token's document
+    valid: Tensor  # [T] bool, False on padding
+    main: Rotation  # sliding layers
+    compress: Rotation  # compressed layers
+    entries: dict[int, Rotation]  # by ratio, at the entries' positions
+    aux: Auxiliary
+    with_losses: bool
+    capture: list[LayerCache] | None = None  # one per layer, filled during a prefill
+
+    @staticmethod
+    def build(
+        config: DeepSeekV4Config,
+        tokens: Tensor,
+        layout: PackedLayout,
+        with_losses: bool,
+        capture: list[LayerCache] | None = None,
+    ) -> Context:
+        device = tokens.device
+        main = frequencies(config, compressed=False, device=device)
+        compress = frequencies(config, compressed=True, device=device)
+        total = layout.num_tokens
+        return Context(
+            tokens=tokens,
+            layout=layout,
+            documents=torch.cumsum(layout.positions == 0, 0) - 1,
+            valid=torch.arange(total, device=device) < total - layout.num_padding,
+            main=rotation(layout.positions, main),
+            compress=rotation(layout.positions, compress),
+            entries={r: rotation(t.entry_positions, compress) for r, t in layout.tables.items()},
+            aux=Auxiliary(),
+            with_losses=with_losses,
+            capture=capture,
+        )

@@ -1,0 +1,89 @@
+"""Our tensors to the published names and back: one list of invertible operations, played both ways.
+
+Ours are the published names already, except that experts are stacked: `experts.gate_up` [X, 2f, d] holds every
+expert's w1 (gate) then w3 (up) rows, `experts.down` [X, d, f] their w2; the shared expert likewise without X.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fullweight.core.errors import CheckpointError
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+
+# copies of the embedding and head that released checkpoints may carry inside the MTP block
+_IGNORED = re.compile(r"^mtp\.\d+\.(emb.*|head\.weight)$")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`ours` is the published `parts` stacked: rows of parts joined, experts along a new first dim."""
+
+    ours: str
+    parts: tuple[str, ...]
+    num_experts: int | None  # None: a single expert, no leading dim
+
+    def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        experts = tensor.unbind(0) if self.num_experts is not None else (tensor,)
+        for index, expert in enumerate(experts):
+            for name, rows in zip(self.parts, expert.chunk(len(self.parts), 0), strict=True):
+                yield name.format(expert=index), rows
+
+    def names(self) -> Iterator[str]:
+        for index in range(self.num_experts or 1):
+            for name in self.parts:
+                yield name.format(expert=index)
+
+    def join(self, published: Mapping[str, Tensor]) -> Tensor:
+        tensors = [published[name] for name in self.names()]
+        count = len(self.parts)
+        experts = [torch.cat(tensors[i : i + count], 0) for i in range(0, len(tensors), count)]
+        return torch.stack(experts) if self.num_experts is not None else experts[0]
+
+
+def stacks(config: DeepSeekV4Config) -> list[Stack]:
+    """The operations of a model: everything not named here keeps its name and shape."""
+    blocks = [f"layers.{i}" for i in range(config.num_hidden_layers)]
+    blocks += [f"mtp.{i}" for i in range(config.num_nextn_predict_layers)]
+    result = []
+    for block in blocks:
+        routed, shared = f"{block}.ffn.experts", f"{block}.ffn.shared_experts"
+        one = routed + ".{expert}"
+        count = config.n_routed_experts
+        result.append(Stack(f"{routed}.gate_up", (f"{one}.w1.weight", f"{one}.w3.weight"), count))
+        result.append(Stack(f"{routed}.down", (f"{one}.w2.weight",), count))
+        result.append(Stack(f"{shared}.gate_up", (f"{shared}.w1.weight", f"{shared}.w3.weight"), None))
+        result.append(Stack(f"{shared}.down", (f"{shared}.w2.weight",), None))
+    return result
+
+
+def to_published(tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> dict[str, Tensor]:
+    """Our named tensors under the published names (views where possible)."""
+    stacked = {stack.ours: stack for stack in stacks(config)}
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in stacked:
+            result.update(stacked[name].split(tensor))
+        else:
+            result[name] = tensor
+    return result
+
+
+def from_published(tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> dict[str, Tensor]:
+    """Published tensors under our names; raises CheckpointError naming the first missing one."""
+    remaining = {name: t for name, t in tensors.items() if not _IGNORED.match(name)}
+    result: dict[str, Tensor] = {}
+    for stack in stacks(config):
+        names = list(stack.names())
+        missing = [name for name in names if name not in remaining]
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} parts of {stack.ours})")
+        result[stack.ours] = stack.join(remaining)
+        for name in names:
+            del remaining[name]
+    return {**remaining, **result}

@@ -1,0 +1,193 @@
+"""DeepSeek-V4 on a packed row of tokens: embedding, blocks, head, and the losses that train every parameter.
+
+Single-device mathematics: nothing here knows of ranks. Parameters are fp32 masters under the published names
+(experts stacked); activations are in `compute_dtype`, except what the reference code keeps in fp32: router,
+hyper-connections, norm statistics, sinks, compressors and rotary tables.
+Source: report section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fullweight.core.errors import ConfigError, DataError
+from fullweight.core.types import Batch, PackedLayout, ParameterRole
+from fullweight.models.deepseek_v4.block import Block, MtpBlock
+from fullweight.models.deepseek_v4.cache import Cache
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.context import Context
+from fullweight.models.deepseek_v4.hyper_connection import hyper_head, register_hyper_head
+from fullweight.models.deepseek_v4.layers import Norm, Projection
+from fullweight.models.deepseek_v4.moe import MoE, update_bias
+from fullweight.models.deepseek_v4.roles import parameter_role
+from fullweight.ops import resolve_operations
+from fullweight.ops.reference import ReferenceOperations
+
+IndexerLoss = Literal["selected", "visible", "none"]
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What one packed row gives.
+
+    losses: fp32 scalars, sums to be divided by `DeepSeekV4.loss_counts` of the global batch ("lm", and with
+    gradients or on request "mtp", "indexer", "balance"). log_probs [T] fp32: log-probability of each
+    position's target, no gradient. expert_counts [MoE layers, experts] int64: tokens routed, padding excluded;
+    row i is main layer i, the MTP block's row comes last.
+    """
+
+    losses: dict[str, Tensor]
+    log_probs: Tensor
+    expert_counts: Tensor
+
+
+class DeepSeekV4(nn.Module):
+    """A DeepSeek-V4 model; weights are uninitialised until `initialise` or a checkpoint fills them.
+
+    `ops` names the set of operations ("auto" picks the fastest here); `indexer_loss` is over "selected"
+    entries (sparse training), all "visible" ones (indexer warm-up) or "none".
+    """
+
+    def __init__(
+        self,
+        config: DeepSeekV4Config,
+        compute_dtype: torch.dtype = torch.float32,
+        *,
+        indexer_loss: IndexerLoss = "selected",
+        ops: str | ReferenceOperations = "auto",
+    ) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.ops = resolve_operations(ops) if isinstance(ops, str) else ops
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.embed = Projection(self.ops, d, config.vocab_size)
+        self.layers = nn.ModuleList(
+            Block(config, self.ops, i, indexer_loss) for i in range(config.num_hidden_layers)
+        )
+        self.norm = Norm(self.ops, d, eps)
+        self.head = Projection(self.ops, d, config.vocab_size)
+        register_hyper_head(self, config)
+        self.mtp = nn.ModuleList(MtpBlock(config, self.ops) for _ in range(config.num_nextn_predict_layers))
+
+    # ---- training -----------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, with_losses: bool | None = None) -> ModelOutput:
+        """Losses of one packed row; the auxiliary ones by default only when gradients are on."""
+        with_losses = torch.is_grad_enabled() if with_losses is None else with_losses
+        context = self._context(batch.tokens, batch.layout, with_losses)
+        streams = self._trunk(context)
+        lm, log_probs = self._predict(self._collapse(streams), *batch.targets())
+        losses = {"lm": lm}
+        if with_losses:
+            aux = context.aux
+            if self.mtp:
+                losses["mtp"] = self._predict_ahead(streams, batch, context)
+            losses["indexer"] = sum(aux.indexer, start=lm.new_zeros(()))
+            losses["balance"] = sum(aux.balance, start=lm.new_zeros(()))
+        return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts))
+
+    def loss_counts(self, batch: Batch) -> dict[str, float]:
+        """What each loss sum is divided by, summed over the global batch: known before the forward pass."""
+        layout = batch.layout
+        return {
+            "lm": float(batch.targets()[1].sum()),
+            "mtp": float(batch.targets(2)[1].sum()),
+            "indexer": float(layout.num_tokens - layout.num_padding),
+            "balance": float(layout.num_documents),
+        }
+
+    def update_router_bias(self, expert_counts: Tensor, speed: float) -> None:
+        """Move each scored router's bias against the load; expert_counts as in ModelOutput, summed globally."""
+        for moe, counts in zip(self.moe_layers(), expert_counts, strict=False):
+            if not moe.gate.hashed:
+                update_bias(moe.gate.get_buffer("bias"), counts, speed)
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE of every block in the order of `ModelOutput.expert_counts`."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def parameter_roles(self) -> dict[str, ParameterRole]:
+        """How each parameter is optimised, by name."""
+        return {name: parameter_role(name, self.config) for name, _ in self.named_parameters()}
+
+    # ---- inference ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, documents: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Next-token logits [length, vocabulary] (fp32) of each document of token ids."""
+        tokens, layout = self._pack(documents)
+        hidden = self._collapse(self._trunk(self._context(tokens, layout, with_losses=False)))
+        lengths = list(layout.document_lengths)
+        return [self.head(part).float() for part in hidden.split(lengths)]
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Cache]:
+        """Logits [B, vocabulary] after each prompt and a cache that can grow to `capacity` tokens a sequence."""
+        tokens, layout = self._pack(prompts)
+        cache = Cache(self.config, len(prompts), capacity, self.compute_dtype)
+        context = self._context(tokens, layout, with_losses=False, cache=cache)
+        hidden = self._collapse(self._trunk(context))
+        cache.lengths = torch.tensor(layout.document_lengths)
+        last = torch.cumsum(cache.lengths, 0) - 1
+        return self.head(hidden[last]).float(), cache
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Logits [B, vocabulary] after one more token [B] for each sequence of the cache."""
+        context = cache.step(tokens)
+        streams = self._embed(tokens)
+        for layer in self.layers:
+            streams = layer(streams, context)
+        return self.head(self._collapse(streams)).float()
+
+    # ---- parts --------------------------------------------------------------------------------------
+
+    def _pack(self, documents: Sequence[Sequence[int]]) -> tuple[Tensor, PackedLayout]:
+        if not documents or any(len(d) == 0 for d in documents):
+            raise DataError("found an empty document; every document needs at least one token id")
+        tokens = torch.tensor([t for d in documents for t in d], dtype=torch.int64)
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
+            worst = int(tokens.max() if int(tokens.min()) >= 0 else tokens.min())
+            raise DataError(f"token id {worst} is outside the vocabulary of {self.config.vocab_size}")
+        return tokens, PackedLayout.build([len(d) for d in documents], self.config.ratios)
+
+    def _context(
+        self, tokens: Tensor, layout: PackedLayout, with_losses: bool, cache: Cache | None = None
+    ) -> Context:
+        missing = set(self.config.ratios) - set(layout.tables)
+        if missing:
+            raise ConfigError(f"the packed layout has no table for compression ratios {sorted(missing)}")
+        capture = cache.layers if cache is not None else None
+        return Context.build(self.config, tokens, layout, with_losses, capture)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded = nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)
+        return embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _trunk(self, context: Context) -> Tensor:
+        streams = self._embed(context.tokens)
+        for layer in self.layers:
+            streams = layer(streams, context)
+        return streams
+
+    def _collapse(self, streams: Tensor) -> Tensor:
+        return self.norm(hyper_head(self, self.config, self.ops, streams))
+
+    def _predict(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.cross_entropy(hidden, self.head.weight, targets, weights.to(self.norm.weight.dtype))
+
+    def _predict_ahead(self, streams: Tensor, batch: Batch, context: Context) -> Tensor:
+        positions = batch.layout.positions
+        inside = torch.zeros_like(context.valid)
+        inside[:-1] = positions[1:] == positions[:-1] + 1
+        following = torch.where(inside, batch.tokens.roll(-1), 0)
+        embedded = nn.functional.embedding(following, self.embed.weight).to(self.compute_dtype)
+        embedded = embedded * inside.unsqueeze(1).to(embedded.dtype)
+        for block in self.mtp:
+            return self._predict(block(streams, embedded, context), *batch.targets(2))[0]
+        raise AssertionError("a model without MTP block predicts one token ahead only")
