@@ -1,0 +1,66 @@
+"""Clipping by the global gradient norm, over plain tensors and sharded ones.
+
+The norm is taken in fp32 on each rank's own shards; the squares of the ranks are then gathered and added in
+rank order, not all-reduced, so that every rank holds the same bits and a rerun repeats them. A gradient that
+is not a DTensor counts once: it must be the same on every rank.
+
+Left out: norms other than 2, and partial (unreduced) gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
+
+    Returns the norm before scaling, an fp32 scalar. A norm that is not finite scales nothing: the caller's
+    guard decides what to do with the step. Collective when a gradient is sharded; waits for the device.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = global_norm(gradients)
+    value = norm.item()
+    if math.isfinite(value) and value > max_norm:
+        torch._foreach_mul_([_local(g) for g in gradients], max_norm / value)
+    return norm
+
+
+@torch.no_grad()
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """2-norm of all the tensors together (fp32 scalar); collective over the meshes that shard them."""
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        # Row by row first: one fp32 accumulator over millions of entries loses four digits on a CPU.
+        rows = torch.linalg.vector_norm(_local(tensor), dim=-1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(rows)
+        by_groups.setdefault(_sharding_groups(tensor), []).append(norm)
+    squares = [_sum_over(torch.stack(norms).square().sum(), groups) for groups, norms in by_groups.items()]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """One process group for each mesh axis that cuts the tensor; replicas are counted once."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    assert not any(p.is_partial() for p in tensor.placements), "gradients must be reduced before clipping"
+    mesh = tensor.device_mesh
+    return tuple(mesh.get_group(axis) for axis, p in enumerate(tensor.placements) if not p.is_replicate())
+
+
+def _sum_over(value: Tensor, groups: tuple[dist.ProcessGroup, ...]) -> Tensor:
+    for group in groups:
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, value, group=group)
+        value = torch.stack(parts).sum()
+    return value

@@ -1,0 +1,329 @@
+"""Muon: momentum, orthogonalised matrix by matrix, for every matrix of the model.
+
+For each independent matrix W [n, m] with gradient G (DeepSeek-V4 report, algorithm 1):
+M <- mu M + G;  O = HNS(mu M + G) * sqrt(max(n, m)) * gamma;  W <- W (1 - eta lambda) - eta O.
+HNS is ten Newton-Schulz steps from X = M / ||M||_F: eight that drive the singular values near 1 fast, two
+that settle them there. They all end at about 1, so O has RMS gamma and AdamW's learning rate fits.
+
+A parameter may stack many matrices (experts, groups); each is orthogonalised alone, and matrices of one shape
+are batched, also across parameters, within a bound on temporaries. On sharded parameters (DTensor, Shard(0))
+the momentum is sharded likewise. A matrix that lies whole on one rank is updated there. One that is cut gets
+one owner rank, by cost: its pieces travel there and the result travels back, in rounds of bounded size, two
+all-to-all calls each.
+
+A matrix without direction, all entries below `NO_SIGNAL` (an expert that no token has reached yet), gets a
+zero update; weight decay still applies. Momentum keeps moving an expert whose gradient is zero only now.
+
+Left out: QK-clip (the query and key norms make it unneeded), matrices cut along other dimensions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from fullweight.core.config import Config
+
+COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+# Below this the smaller entries of an fp32 matrix are subnormal: its direction is rounding noise.
+NO_SIGNAL = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+# Matrix entries orthogonalised at once: 32 MiB of fp32; one matrix that is larger goes alone.
+CHUNK_ENTRIES = 1 << 23
+
+
+class MuonConfig(Config):
+    """Momentum, size of the update, and precision of the Newton-Schulz products."""
+
+    momentum: float = Field(0.95, ge=0, lt=1)
+    update_rms: float = Field(0.18, gt=0, description="gamma: RMS of the update per unit of learning rate")
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@torch.no_grad()
+def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearest semi-orthogonal matrix of each of `matrices` [k, n, m] (fp32), approximately, in `dtype`.
+
+    Singular values end within 2 % of 1 when no singular value is below about 1e-4 of the norm; a matrix with
+    all entries below `NO_SIGNAL` gives zeros. The input is not changed.
+    """
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    # Scaled by the largest entry first: the squares of very small or large gradients leave fp32's range.
+    peak = torch.linalg.vector_norm(wide, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    silent = peak <= NO_SIGNAL
+    scaled = wide / peak.masked_fill(silent, 1.0)
+    scaled /= torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True).masked_fill(silent, 1.0)
+    x = scaled.masked_fill_(silent, 0.0).to(dtype)
+    del scaled
+    gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+    polynomial, following = torch.empty_like(gram), torch.empty_like(x)
+    for a, b, c in COEFFICIENTS:
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        torch.baddbmm(x, polynomial, x, beta=a, out=following)
+        x, following = following, x
+    return x if wide is matrices else x.mT
+
+
+@dataclass(frozen=True)
+class _Work:
+    """This rank's rows of some matrices of one parameter; a view, so that updates land in the weights."""
+
+    weight: Tensor  # [k, rows, m], or [rows, m] of a cut matrix
+    gradient: Tensor
+    momentum: Tensor
+    mu: float
+    step_size: float  # eta * gamma * sqrt(max(n, m))
+
+    def direction(self) -> Tensor:
+        """mu M + G in fp32."""
+        return torch.add(self.gradient, self.momentum, alpha=self.mu)
+
+    def apply(self, orthogonal: Tensor) -> None:
+        self.weight.add_(orthogonal, alpha=-self.step_size)
+
+    def part(self, begin: int, end: int) -> _Work:
+        return self._map(lambda x: x[begin:end])
+
+    def as_matrices(self, rows: int) -> _Work:
+        return self._map(lambda x: x.view(-1, rows, x.shape[-1]))
+
+    def _map(self, view: Callable[[Tensor], Tensor]) -> _Work:
+        return replace(
+            self, weight=view(self.weight), gradient=view(self.gradient), momentum=view(self.momentum)
+        )
+
+
+@dataclass(frozen=True)
+class _CutMatrix:
+    """A matrix whose rows lie on several ranks of one process group."""
+
+    shape: tuple[int, int]
+    rows: tuple[int, ...]  # on each rank, in rank order
+    work: _Work  # this rank's rows
+
+
+class Muon(torch.optim.Optimizer):
+    """The optimiser; each param group sets "num_matrices" and "weight_decay", and may set the rest.
+
+    A parameter p of a group is `p.view(num_matrices, -1, p.shape[-1])`: independent matrices of equal shape.
+    State: "momentum", fp32, shaped and sharded as the parameter. `step` is collective for sharded parameters,
+    so a parameter must have a gradient on all ranks or on none.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], config: MuonConfig, learning_rate: float) -> None:
+        self.ns_dtype: torch.dtype = getattr(torch, config.ns_dtype)
+        defaults = {
+            "lr": learning_rate,
+            "momentum": config.momentum,
+            "update_rms": config.update_rms,
+            "weight_decay": 0.0,
+            "num_matrices": 1,
+        }
+        super().__init__(groups, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        whole: list[_Work] = []
+        cut: dict[dist.ProcessGroup, list[_CutMatrix]] = defaultdict(list)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._decay_and_accumulate(parameter, group, whole, cut)
+        for shape_work in _by_shape(whole):
+            for chunk in _chunks(shape_work):
+                self._update(chunk)
+        for process_group, matrices in cut.items():
+            self._update_cut(process_group, matrices)
+        return loss
+
+    def _decay_and_accumulate(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        whole: list[_Work],
+        cut: dict[dist.ProcessGroup, list[_CutMatrix]],
+    ) -> None:
+        """The elementwise part; adds what has to be orthogonalised to `whole` and `cut`."""
+        state, lr, mu = self.state[parameter], group["lr"], group["momentum"]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
+        assert parameter.grad is not None
+        columns = parameter.shape[-1]
+        weight, gradient, momentum = (
+            _local(x).view(-1, columns) for x in (parameter, parameter.grad.contiguous(), state["momentum"])
+        )
+        momentum.mul_(mu).add_(gradient)
+        weight.mul_(1.0 - lr * group["weight_decay"])
+        if lr == 0:  # the end of some schedules, and how a checkpoint loader creates the state
+            return
+        rows = parameter.numel() // columns // group["num_matrices"]
+        step_size = lr * group["update_rms"] * max(rows, columns) ** 0.5
+        local = _Work(weight, gradient, momentum, mu, step_size)
+        bounds, rank, process_group = _row_bounds(parameter)
+        offset = bounds[rank]
+        first, last = -(-offset // rows), bounds[rank + 1] // rows
+        if first < last:
+            whole.append(local.part(first * rows - offset, last * rows - offset).as_matrices(rows))
+        if process_group is None:
+            return
+        for matrix in _cut_matrices(bounds, rows):
+            begin, end = matrix * rows, (matrix + 1) * rows
+            held = tuple(max(min(high, end) - max(low, begin), 0) for low, high in pairwise(bounds))
+            start = max(offset, begin) - offset
+            piece = local.part(start, start + held[rank])
+            cut[process_group].append(_CutMatrix((rows, columns), held, piece))
+
+    def _update(self, chunk: list[_Work]) -> None:
+        counts = [len(work.weight) for work in chunk]
+        directions = chunk[0].momentum.new_empty(sum(counts), *chunk[0].weight.shape[1:])
+        for work, out in zip(chunk, directions.split(counts), strict=True):
+            torch.add(work.gradient, work.momentum, alpha=work.mu, out=out)
+        orthogonal = newton_schulz(directions, self.ns_dtype)
+        for work, result in zip(chunk, orthogonal.split(counts), strict=True):
+            work.apply(result)
+
+    def _update_cut(self, process_group: dist.ProcessGroup, matrices: list[_CutMatrix]) -> None:
+        for owned in _rounds(matrices, dist.get_world_size(process_group)):
+            self._update_round(process_group, owned)
+
+    def _update_round(self, process_group: dist.ProcessGroup, owned: list[list[_CutMatrix]]) -> None:
+        """Orthogonalise `owned[r]` on rank r of the group: pieces to the owners, results back."""
+        rank = dist.get_rank(process_group)
+        matrices = [m for batch in owned for m in batch]
+        mine = owned[rank]
+        to_owner = [sum(m.work.weight.numel() for m in batch) for batch in owned]
+        from_rank = [sum(m.rows[r] * m.shape[1] for m in mine) for r in range(len(owned))]
+        sent = torch.cat([m.work.direction().flatten() for m in matrices])
+        received = sent.new_empty(sum(from_rank))
+        dist.all_to_all_single(received, sent, from_rank, to_owner, group=process_group)
+        del sent
+        # Pieces arrive by rank, then by matrix; all of one matrix, in rank order, are its rows.
+        sizes = [m.rows[r] * m.shape[1] for r in range(len(owned)) for m in mine]
+        pieces = received.split(sizes)
+        results: list[Tensor] = [torch.empty(0)] * len(mine)
+        for indices in _same_shape(mine):
+            stacked = torch.stack([torch.cat(pieces[i :: len(mine)]).view(mine[i].shape) for i in indices])
+            for i, result in zip(indices, newton_schulz(stacked, self.ns_dtype), strict=True):
+                results[i] = result
+        by_rank = [result.split(m.rows) for m, result in zip(mine, results, strict=True)]
+        back = [rows[r].flatten() for r in range(len(owned)) for rows in by_rank]
+        answer = torch.cat(back) if back else received.to(self.ns_dtype)
+        returned = answer.new_empty(sum(to_owner))
+        dist.all_to_all_single(returned, answer, to_owner, from_rank, group=process_group)
+        counts = [m.work.weight.numel() for m in matrices]
+        for m, result in zip(matrices, returned.split(counts), strict=True):
+            m.work.apply(result.view_as(m.work.weight))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _row_bounds(parameter: Tensor) -> tuple[list[int], int, dist.ProcessGroup | None]:
+    """Bounds of every rank's rows of `parameter.view(-1, parameter.shape[-1])`, this rank, and the group."""
+    rows = parameter.numel() // parameter.shape[-1]
+    sharded = (
+        [axis for axis, p in enumerate(parameter.placements) if not p.is_replicate()]
+        if isinstance(parameter, DTensor)
+        else []
+    )
+    if not sharded:
+        return [0, rows], 0, None
+    assert isinstance(parameter, DTensor)
+    assert [p for p in parameter.placements if not p.is_replicate()] == [Shard(0)], parameter.placements
+    process_group = parameter.device_mesh.get_group(sharded[0])
+    size, slices = dist.get_world_size(process_group), parameter.shape[0]
+    # Shard(0) cuts as torch.chunk does: equal slices, the last ranks shorter or empty.
+    per_rank, per_slice = -(-slices // size), rows // slices
+    bounds = [min(r * per_rank, slices) * per_slice for r in range(size + 1)]
+    return bounds, dist.get_rank(process_group), process_group
+
+
+def _cut_matrices(bounds: list[int], rows: int) -> list[int]:
+    """Indices of the matrices of `rows` rows each that some bound falls inside of."""
+    return sorted({bound // rows for bound in bounds if bound % rows})
+
+
+def _by_shape(works: list[_Work]) -> Iterator[list[_Work]]:
+    shapes: dict[torch.Size, list[_Work]] = defaultdict(list)
+    for work in works:
+        shapes[work.weight.shape[1:]].append(work)
+    yield from shapes.values()
+
+
+def _chunks(works: list[_Work]) -> Iterator[list[_Work]]:
+    """Consecutive matrices in chunks of at most CHUNK_ENTRIES entries, or of one larger matrix."""
+    capacity = max(CHUNK_ENTRIES // works[0].weight[0].numel(), 1)
+    chunk, room = [], capacity
+    for work in works:
+        begin = 0
+        while begin < len(work.weight):
+            end = min(begin + room, len(work.weight))
+            chunk.append(work.part(begin, end))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield chunk
+                chunk, room = [], capacity
+    if chunk:
+        yield chunk
+
+
+def _same_shape(matrices: list[_CutMatrix]) -> list[list[int]]:
+    shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        shapes[matrix.shape].append(index)
+    return list(shapes.values())
+
+
+def _rounds(matrices: list[_CutMatrix], num_ranks: int) -> Iterator[list[list[_CutMatrix]]]:
+    """Who owns what: in each round, the matrices of every rank, at most CHUNK_ENTRIES entries or one matrix.
+
+    The dearest matrix goes first, each to the rank with the least to do. Depends only on the shapes and their
+    order, so all ranks agree.
+    """
+    queues: list[list[_CutMatrix]] = [[] for _ in range(num_ranks)]
+    costs = [0.0] * num_ranks
+    for matrix in sorted(matrices, key=lambda m: (-_cost(m.shape), m.shape)):
+        owner = min(range(num_ranks), key=lambda r: (costs[r], r))
+        costs[owner] += _cost(matrix.shape)
+        queues[owner].append(matrix)
+    while any(queues):
+        yield [_take(queue) for queue in queues]
+
+
+def _take(queue: list[_CutMatrix]) -> list[_CutMatrix]:
+    """Remove from the front what fits one round."""
+    taken, entries = 0, 0
+    for matrix in queue:
+        entries += matrix.shape[0] * matrix.shape[1]
+        if taken and entries > CHUNK_ENTRIES:
+            break
+        taken += 1
+    batch = queue[:taken]
+    del queue[:taken]
+    return batch
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    """Multiply-adds of one Newton-Schulz step."""
+    small, large = min(shape), max(shape)
+    return 2.0 * small * small * large + float(small) ** 3
