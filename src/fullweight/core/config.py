@@ -48,7 +48,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no recipe at {path}; give the path of a .toml file") from None
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a .toml file") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
 
 
@@ -69,11 +71,16 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
-        try:
-            table[parts[-1]] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            table[parts[-1]] = text
+        table[parts[-1]] = _toml_value(text)
     return result
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text  # several lines are a string, not more keys
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -104,7 +111,7 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
     lines = []
     for item in error.errors(include_url=False):
         location, kind = item["loc"], item["type"]
-        where = ".".join(str(p) for p in location) or "(top level)"
+        where = ".".join(str(p) for p in location)
         if kind == "extra_forbidden":
             hint = nearest(str(location[-1]), _fields_at(model, location[:-1]))
             lines.append(f"unknown key {where}; {hint}")
@@ -113,5 +120,5 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
         else:
             message = item["msg"].removeprefix("Value error, ")
             found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
-            lines.append(f"{where}: {message}{found}")
+            lines.append(f"{where}: {message}{found}" if where else f"{message}{found}")
     return f"{source}: " + "\n  ".join(lines)

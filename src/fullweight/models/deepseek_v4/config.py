@@ -33,6 +33,7 @@ class LayerKind(StrEnum):
 
 CSA_RATIO = 4
 HCA_RATIO = 128
+_HEAD: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
 _KINDS = {0: LayerKind.SLIDING, CSA_RATIO: LayerKind.CSA, HCA_RATIO: LayerKind.HCA}
 
 
@@ -90,7 +91,7 @@ class DeepSeekV4Config(Config):
     num_key_value_heads: Literal[1] = 1
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
-    attention_dropout: Literal[0, 0.0] = 0.0
+    attention_dropout: float = Field(0.0, ge=0, le=0)
     tie_word_embeddings: Literal[False] = False
     bos_token_id: int = Field(0, ge=0)
     eos_token_id: int = Field(1, ge=0)
@@ -157,6 +158,8 @@ class DeepSeekV4Config(Config):
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"no config.json at {path}") from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         if not isinstance(values, dict) or values.get("model_type") != "deepseek_v4":
@@ -168,14 +171,13 @@ class DeepSeekV4Config(Config):
     def from_published(cls, values: dict[str, Any], source: str = "config.json") -> DeepSeekV4Config:
         """From the key-value pairs of a published config.json; keys unknown here are kept in `extra`."""
         known = {k: v for k, v in values.items() if k in cls.model_fields and k != "extra"}
-        extra = {k: v for k, v in values.items() if k not in cls.model_fields}
+        extra = {k: v for k, v in values.items() if k not in cls.model_fields and _HEAD.get(k) != v}
         return cls.resolve({**known, "extra": extra}, source)
 
     def to_published(self, **changes: Any) -> dict[str, Any]:
         """The pairs of a config.json that DeepSeek's code, vLLM and transformers read."""
         own = self.model_dump(mode="json", exclude={"extra"})
-        head = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
-        return {**head, **own, **self.extra, **changes}
+        return {**_HEAD, **own, **self.extra, **changes}
 
     # ---- what a layer is ----------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class DeepSeekV4Config(Config):
 
     def num_parameters(self, mtp: bool) -> int:
         """Trainable parameters, in closed form (router biases and hash tables are buffers)."""
-        d, c, heads, rank = self.hidden_size, self.head_dim, self.num_attention_heads, self.q_lora_rank
+        d, c, rank = self.hidden_size, self.head_dim, self.q_lora_rank
         head = self.vocab_size * d
         hc_head = self.hc_mult**2 * d + self.hc_mult + 1
         total = self.num_hidden_layers * self._block_parameters() + 2 * head + d + hc_head
