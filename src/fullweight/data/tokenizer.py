@@ -144,7 +144,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, encoding: str = "deep
     smallest = len(control) + 256
     if vocab_size < smallest:
         raise ConfigError(
-            f"vocab_size {vocab_size} is too small: {len(control)} control tokens and 256 bytes need {smallest}"
+            f"vocab_size must be at least {smallest} ({len(control)} control tokens and 256 bytes), "
+            f"found {vocab_size}"
         )
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(

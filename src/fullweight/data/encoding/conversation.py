@@ -132,7 +132,7 @@ def _parse_assistant(message: Message, raw: Mapping[str, Any], where: str) -> Me
         reasoning, content = _split_thinking(content, where)
     elif content.lstrip().startswith("<think>") and reasoning:
         raise DataError(f"{where}: reasoning both in reasoning_content and as <think> in content; keep one")
-    if not (content or reasoning or calls):
+    if not (content or calls):
         missing = "is missing" if raw.get("content") is None else "is empty"
         raise DataError(f"{where}: content {missing} and there is no tool call; nothing was answered")
     return replace(message, content=content, reasoning=reasoning, tool_calls=calls)
