@@ -1,0 +1,1 @@
+"""Training state on disk (`store`) and models under the published names (`hf`)."""

@@ -1,0 +1,66 @@
+"""The `fullweight` command: the table of commands, and how a mistake is told.
+
+A user's mistake, a full disk or an interruption ends in one message on standard error and a non-zero status,
+never a traceback. Anything else is a bug of ours and keeps its traceback. Commands import what they need when
+they run, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import typer
+
+from fullweight.cli.bench import bench_app
+from fullweight.cli.chat import chat_command
+from fullweight.cli.data import data_app
+from fullweight.cli.generate import generate_command
+from fullweight.cli.init import init_command
+from fullweight.cli.resume import resume_command
+from fullweight.cli.train import INTERRUPTED, train_command
+from fullweight.core.errors import FullweightError
+
+app = typer.Typer(
+    help="Full-parameter post-training of DeepSeek-V4-class models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train_command)
+app.command("resume")(resume_command)
+app.command("generate")(generate_command)
+app.command("chat")(chat_command)
+app.command("init")(init_command)
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 a mistake, 2 wrong usage, 130 interrupted)."""
+    try:
+        app(arguments, prog_name="fullweight")
+    except SystemExit as end:
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            return _fail("interrupted", INTERRUPTED)
+        return end.code if isinstance(end.code, int) else 0
+    except FullweightError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror}{where}; free space or choose another folder")
+    return 0
+
+
+def _fail(message: str, status: int = 1) -> int:
+    rank = os.environ.get("RANK")
+    typer.secho(f"error{f' (rank {rank})' if rank else ''}: {message}", fg="red", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Ranks, process groups and how a model is sharded over them."""

@@ -1,0 +1,1 @@
+"""Pictures and the one-page summary of a run, built from its folder alone."""

@@ -1,0 +1,169 @@
+"""From a configuration to everything that a run needs, in the order that finds mistakes earliest.
+
+Tokenizer, then data, then the model: a bad data line fails before a model is made, and nothing is written
+until all of it stands. Weights depend on the seed and each tensor's name alone, so all ranks build the same
+model before it is sharded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fullweight.checkpoint import hf
+from fullweight.core.errors import ConfigError
+from fullweight.core.types import Batch
+from fullweight.data import sources
+from fullweight.data.loader import PackedLoader, prepare
+from fullweight.data.render import encode_prompt, render
+from fullweight.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.init import initialise
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.optim.groups import build_optimizers
+from fullweight.parallel.fsdp import shard
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.config import RunConfig, check_vocabulary
+from fullweight.train.evaluate import Question
+from fullweight.train.guards import Guard
+from fullweight.train.metrics import Peak, measure_peak
+from fullweight.train.run_folder import RunFolder
+from fullweight.train.state import TrainState
+from fullweight.train.trackers import check_trackers
+
+
+@dataclass
+class Run:
+    """A run ready to step."""
+
+    config: RunConfig
+    folder: RunFolder
+    ranks: Ranks
+    tokenizer: Tokenizer
+    architecture: DeepSeekV4Config
+    state: TrainState
+    guard: Guard
+    held_out: list[Batch]
+    questions: list[Question]
+    peak: Peak
+
+    @property
+    def model(self) -> DeepSeekV4:
+        assert isinstance(self.state.model, DeepSeekV4)
+        return self.state.model
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Micro-batches of one step on each rank."""
+        return self.config.train.rows_per_step // self.ranks.size
+
+
+def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folder: Path | None = None) -> Run:
+    """Build all parts; `tokenizer_folder` is where a run that is resumed kept its tokenizer.
+
+    Raises ConfigError, DataError or CheckpointError on anything wrong; writes nothing.
+    """
+    config.check_ranks(ranks.size)
+    check_trackers(config.trackers)
+    tokenizer = make_tokenizer(config) if tokenizer_folder is None else load_tokenizer(tokenizer_folder)
+    architecture = config.model.architecture()
+    check_vocabulary(tokenizer.vocab_size, architecture, "the tokenizer's vocabulary")
+    _check_samples(config)
+    prepared = prepare(config.data, tokenizer)
+    loader = PackedLoader(
+        config.data,
+        tokenizer,
+        ratios=architecture.ratios,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        prepared=prepared,
+    )
+    torch.manual_seed(config.train.seed)
+    model = make_model(config, architecture).to(ranks.device)
+    if ranks.mesh is not None:
+        shard(model, [*model.layers, *model.mtp], ranks.mesh)
+    optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
+    given = config.train.peak_flops_per_second
+    return Run(
+        config=config,
+        folder=folder,
+        ranks=ranks,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        state=TrainState(model, optimizers, loader, ranks),
+        guard=Guard(config.guard),
+        held_out=loader.held_out_batches(),
+        questions=_questions(config, loader.held_out_samples(), tokenizer),
+        peak=Peak(given, "given in the recipe") if given is not None else measure_peak(ranks),
+    )
+
+
+def make_tokenizer(config: RunConfig) -> Tokenizer:
+    """The recipe's tokenizer: loaded, or trained (deterministically) from the first training samples."""
+    if config.tokenizer is None:
+        return load_tokenizer(config.data.tokenizer)
+    records = islice(_training_records(config), config.tokenizer.num_samples)
+    texts = (
+        segment.text
+        for record in records
+        for segments in render(record.sample, config.data.encoding)
+        for segment in segments
+        if not segment.control
+    )
+    return train_tokenizer(texts, config.tokenizer.vocab_size, config.data.encoding.name)
+
+
+def make_model(config: RunConfig, architecture: DeepSeekV4Config) -> DeepSeekV4:
+    """The model on the host with fresh weights, or those of the recipe's checkpoint."""
+    dtype = config.train.compute_dtype
+    if config.model.checkpoint is not None:
+        return hf.load_model(config.model.checkpoint, compute_dtype=dtype)
+    return initialise(DeepSeekV4(architecture, dtype), config.train.seed)
+
+
+def check_disk(run: Run) -> None:
+    """Raise ConfigError when the disk cannot hold the checkpoints and the export that the recipe asks for."""
+    parameters = run.architecture.num_parameters(mtp=True)
+    # fp32 weights and at most two fp32 moments; one more than kept, for the new one is whole before one goes.
+    needed = (run.config.checkpoint.keep + 1) * parameters * 12
+    needed += parameters * (2 if run.config.export.dtype == "bfloat16" else 4) * run.config.export.enabled
+    existing = next(p for p in (run.folder.root, *run.folder.root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"{existing} has {free / 1e9:.1f} GB free, this run's checkpoints and export need up to "
+            f"{needed / 1e9:.1f} GB; free some, choose another --output, or lower checkpoint.keep"
+        )
+
+
+def _training_records(config: RunConfig) -> Iterator[sources.Record]:
+    for source in config.data.sources:
+        yield from sources.read(source)
+
+
+def _check_samples(config: RunConfig) -> None:
+    """The first sample of each source says whether the method can use it."""
+    for source in (*config.data.sources, *config.data.held_out):
+        for record in islice(sources.read(source), 1):
+            config.method.check_sample(record.sample, record.where)
+
+
+def _questions(config: RunConfig, samples: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Question]:
+    """The first held-out conversations, each up to its last answer."""
+    if not config.method.generates:
+        return []
+    questions = []
+    for sample in samples[: config.eval.num_samples]:
+        messages = sample["messages"]
+        answered = [i for i, m in enumerate(messages) if m.get("role") == "assistant"]
+        if answered and answered[-1] > 0:
+            asked = messages[: answered[-1]]
+            prompt = encode_prompt(asked, tokenizer, config.data.encoding, sample.get("tools"))
+            questions.append(Question(sample, len(asked), prompt))
+    return questions

@@ -1,0 +1,163 @@
+"""The configuration of a run: one nested, frozen object, read from a TOML recipe and `--set a.b=c`.
+
+Each component's settings live beside the component; this module nests them and holds the rules that cross
+sections, which fail before anything is read or computed. What depends on the number of ranks or on the
+tokenizer is checked by `check_ranks` and `check_vocabulary`, still before the first step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from fullweight.core.config import Config
+from fullweight.core.errors import ConfigError
+from fullweight.data.loader import DataConfig
+from fullweight.methods import MethodConfig
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.optim.groups import OptimizerConfig
+from fullweight.optim.schedule import ScheduleConfig
+from fullweight.parallel.mesh import DeviceName
+from fullweight.train.evaluate import EvalConfig
+from fullweight.train.guards import GuardConfig
+from fullweight.train.step import LossConfig
+from fullweight.train.trackers import TrackerConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ModelSection(Config):
+    """Which model: a preset, a published config.json (fresh weights), or a checkpoint folder (its weights).
+
+    `changes` replaces fields of a preset's or config's architecture; a checkpoint's is what it is.
+    """
+
+    preset: str | None = None
+    config: Path | None = None
+    checkpoint: Path | None = None
+    changes: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [n for n in ("preset", "config", "checkpoint") if getattr(self, n) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of preset, config and checkpoint, found {found}")
+        if self.checkpoint is not None and self.changes:
+            raise ValueError("changes do not go with a checkpoint, whose architecture is fixed; remove them")
+        self.architecture()  # a wrong preset or impossible sizes fail here
+        return self
+
+    def architecture(self) -> DeepSeekV4Config:
+        """The sizes; reads config.json where one is named. Raises ConfigError."""
+        if self.preset is not None:
+            return DeepSeekV4Config.preset(self.preset, **self.changes)
+        if self.config is not None:
+            published = DeepSeekV4Config.from_file(self.config).model_dump()
+            return DeepSeekV4Config.resolve({**published, **self.changes}, str(self.config))
+        assert self.checkpoint is not None
+        return DeepSeekV4Config.from_file(self.checkpoint)
+
+
+class TokenizerSection(Config):
+    """A small tokenizer trained from the training samples and kept with the run, for small models."""
+
+    vocab_size: PositiveInt
+    num_samples: PositiveInt = 5000
+
+
+class TrainSection(Config):
+    """Length, batch, precision and device of a run."""
+
+    num_steps: PositiveInt
+    rows_per_step: PositiveInt = Field(1, description="packed rows of an optimiser step, all ranks together")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="compute; master weights are always fp32")
+    seed: NonNegativeInt = 0
+    device: DeviceName = "auto"
+    loss: LossConfig = LossConfig()
+    peak_flops_per_second: PositiveFloat | None = Field(
+        None, description="what 100 % MFU means, all ranks together; measured with a bf16 matmul when absent"
+    )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return _DTYPES[self.precision]
+
+
+class CheckpointSection(Config):
+    """When to save the exact training state (the end and an interruption always do) and how many to keep."""
+
+    every: PositiveInt | None = None
+    keep: PositiveInt = 2
+
+
+class ExportSection(Config):
+    """Whether the final weights are written under the published names, and as what."""
+
+    enabled: bool = True
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class RunConfig(Config):
+    """Everything that decides what a run computes."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: ModelSection
+    data: DataConfig
+    tokenizer: TokenizerSection | None = None
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainSection
+    guard: GuardConfig = GuardConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection = ExportSection()
+    trackers: TrackerConfig = TrackerConfig()
+    output: Path | None = Field(None, description="run folder; runs/<name> when absent")
+
+    @model_validator(mode="after")
+    def _cross_rules(self) -> Self:
+        self.schedule.num_warmup_steps(self.train.num_steps)
+        architecture = self.model.architecture()
+        if self.tokenizer is not None:
+            if self.data.tokenizer != DataConfig.model_fields["tokenizer"].default:
+                raise ValueError(
+                    f"data.tokenizer ({self.data.tokenizer}) and the section [tokenizer], which trains one, "
+                    "exclude each other; remove one"
+                )
+            if self.model.checkpoint is not None:
+                raise ValueError(
+                    "the section [tokenizer] trains a new vocabulary, which does not fit the weights of "
+                    "model.checkpoint; remove it and set data.tokenizer to the checkpoint's folder"
+                )
+            check_vocabulary(self.tokenizer.vocab_size, architecture, "tokenizer.vocab_size")
+        longest = architecture.max_position_embeddings
+        if self.data.row_tokens > longest:
+            raise ValueError(
+                f"data.row_tokens ({self.data.row_tokens}) exceeds the model's max_position_embeddings "
+                f"({longest}); lower it"
+            )
+        return self
+
+    def check_ranks(self, size: int) -> None:
+        """Raise ConfigError when the rows of a step cannot be dealt evenly to `size` ranks."""
+        rows = self.train.rows_per_step
+        if rows % size:
+            below, above = rows // size * size, (rows // size + 1) * size
+            fix = f"{below} or {above}" if below else f"{above}"
+            raise ConfigError(
+                f"train.rows_per_step ({rows}) is not divisible by the number of ranks ({size}); use {fix}"
+            )
+
+
+def check_vocabulary(size: int, architecture: DeepSeekV4Config, what: str) -> None:
+    """Raise ConfigError when token ids can exceed the model's embedding."""
+    if size > architecture.vocab_size:
+        raise ConfigError(
+            f"{what} ({size}) exceeds the model's vocab_size ({architecture.vocab_size}); use at most "
+            f"that, or set model.changes.vocab_size={size}"
+        )

@@ -1,0 +1,148 @@
+"""How good the model is on what it never trained on: held-out loss, and answers it generates, scored.
+
+Rows and questions are divided over ranks. The score is exact match by the checker that belongs to the data;
+a question without one is shown, never scored. Decoding is greedy, so the score is a function of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import nn
+
+from fullweight.core.config import Config
+from fullweight.core.types import Batch
+from fullweight.methods import Method
+from fullweight.parallel.fsdp import gathered
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.step import LossConfig
+
+Checker = Callable[[dict[str, Any], str], bool]
+Generate = Callable[[list[list[int]]], list[list[int]]]
+
+
+class EvalConfig(Config):
+    """When and how much to evaluate; start and end are always evaluated."""
+
+    every: PositiveInt | None = None
+    num_samples: NonNegativeInt = 64
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 32
+    show: NonNegativeInt = 3
+
+
+class Codec(Protocol):
+    """The part of a tokenizer that generation needs."""
+
+    eos_id: int
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out sample and what the model is to continue: its first `num_messages`, as token ids."""
+
+    sample: dict[str, Any]
+    num_messages: int
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; `correct` is None when the sample has no checker."""
+
+    id: str
+    question: str
+    response: str
+    expected: str | None
+    correct: bool | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out numbers at one step; `score` is the share of scored answers that are right."""
+
+    losses: dict[str, float]
+    total_loss: float
+    score: float | None
+    answers: list[Answer]
+
+    def as_dict(self) -> dict[str, Any]:
+        scored = sum(a.correct is not None for a in self.answers)
+        return {"loss": self.losses, "total_loss": self.total_loss, "score": self.score, "num_scored": scored}
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, method: Method, batches: Sequence[Batch], losses: LossConfig, ranks: Ranks
+) -> tuple[dict[str, float], float]:
+    """(mean of each loss component, their weighted total), the same on every rank.
+
+    `batches` are this rank's held-out rows, equally many on every rank (one without loss weights where a
+    rank has none left: sharded models need all ranks in every pass). None give no
+    components and a total of 0.
+    """
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for host_batch in batches:
+        batch = host_batch.to(ranks.device)
+        normalisers = method.loss_counts(model, batch)
+        for name, value in method.forward(model, batch).losses.items():
+            sums[name] = sums.get(name, 0.0) + value.double().item()
+            counts[name] = counts.get(name, 0.0) + normalisers[name]
+    if not sums:
+        return {}, 0.0
+    names = sorted(sums)
+    reduced = ranks.reduce(torch.tensor([[sums[n], counts[n]] for n in names], dtype=torch.float64)).tolist()
+    means = {n: s / c if c > 0 else 0.0 for n, (s, c) in zip(names, reduced, strict=True)}
+    return means, sum(losses.coefficient(n) * v for n, v in means.items())
+
+
+def answer_questions(
+    model: nn.Module,
+    questions: Sequence[Question],
+    tokenizer: Codec,
+    generate: Generate,
+    *,
+    batch_size: int,
+    checker: Checker | None,
+    ranks: Ranks,
+) -> list[Answer]:
+    """The model's answers in the order of `questions`, on every rank. All ranks must call it together."""
+    own = list(enumerate(questions))[ranks.rank :: ranks.size]
+    answers: list[tuple[int, Answer]] = []
+    with gathered(model):
+        for start in range(0, len(own), batch_size):
+            chunk = own[start : start + batch_size]
+            replies = generate([q.prompt for _, q in chunk])
+            for (index, question), ids in zip(chunk, replies, strict=True):
+                answers.append((index, _judge(question, ids, tokenizer, checker)))
+        everyone = ranks.gather(answers)
+    return [answer for _, answer in sorted((pair for part in everyone for pair in part), key=lambda p: p[0])]
+
+
+def score(answers: Sequence[Answer]) -> float | None:
+    """Share of right answers among those that can be checked; None when none can."""
+    checked = [a.correct for a in answers if a.correct is not None]
+    return sum(checked) / len(checked) if checked else None
+
+
+def _judge(question: Question, ids: list[int], tokenizer: Codec, checker: Checker | None) -> Answer:
+    end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+    response = tokenizer.decode(ids[:end])
+    sample = question.sample
+    return Answer(
+        id=str(sample.get("id", "")),
+        question=sample["messages"][question.num_messages - 1].get("content") or "",
+        response=response,
+        expected=None if sample.get("answer") is None else str(sample["answer"]),
+        correct=checker(sample, response) if checker is not None and "task" in sample else None,
+    )

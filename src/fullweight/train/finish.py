@@ -1,0 +1,107 @@
+"""What a finished run leaves for others: exported weights, pictures, one page, and answers before and after.
+
+The export is written from whole tensors gathered on rank 0, beside its final place and renamed. Running it
+again (a run interrupted here is resumed at its last step) replaces nothing that is already whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from rich.table import Table
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from fullweight.checkpoint import hf
+from fullweight.report.build import build_report
+from fullweight.train.assemble import Run
+from fullweight.train.evaluate import Answer
+from fullweight.train.progress import Reporter
+from fullweight.train.run_folder import RunFolder
+
+_SHOWN_CHARACTERS = 160
+
+
+def finish(run: Run, reporter: Reporter) -> None:
+    """Export, draw, print; all ranks together."""
+    export(run)
+    with run.ranks.main_first_failure():
+        if run.ranks.is_main:
+            build_report(run.folder.root)
+            _show_before_after(run.folder, run.config.eval.show, reporter)
+            if run.config.export.enabled:
+                reporter.say(f"weights: {run.folder.export}")
+            reporter.say(f"summary: {run.folder.summary}")
+
+
+def export(run: Run) -> None:
+    """Write the final weights under the published names, with config.json and tokenizer, unless done."""
+    if not run.config.export.enabled or run.ranks.broadcast((run.folder.export / hf.INDEX).is_file()):
+        return
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = cast(dict[str, Tensor], get_model_state_dict(run.model, options=options))
+    with run.ranks.main_first_failure():
+        if run.ranks.is_main:
+            hf.export_tensors(
+                tensors,
+                run.architecture,
+                run.folder.export,
+                run.config.export.dtype,
+                run.tokenizer.save,
+            )
+
+
+def show_answers(count: int, answers: Sequence[Answer], reporter: Reporter) -> None:
+    """Print a few answers of one evaluation."""
+    if not count or not answers:
+        return
+    table = Table(show_header=True, expand=False)
+    for title in ("asked", "answered", "expected", ""):
+        table.add_column(title, overflow="fold")
+    for answer in answers[:count]:
+        table.add_row(
+            _short(answer.question), _short(answer.response), answer.expected or "", _mark(answer.correct)
+        )
+    reporter.say(table)
+
+
+def _show_before_after(folder: RunFolder, count: int, reporter: Reporter) -> None:
+    steps = sample_steps(folder.samples)
+    if len(steps) < 2 or not count:
+        return
+    before, after = (read_samples(folder.samples, s) for s in (steps[0], steps[-1]))
+    table = Table(title=f"held-out questions, before (step {steps[0]}) and after (step {steps[-1]})")
+    for title in ("asked", "before", "after", "expected", ""):
+        table.add_column(title, overflow="fold")
+    for old, new in list(zip(before, after, strict=False))[:count]:
+        table.add_row(
+            _short(new.question),
+            _short(old.response),
+            _short(new.response),
+            new.expected or "",
+            _mark(new.correct),
+        )
+    reporter.say(table)
+
+
+def sample_steps(folder: Path) -> list[int]:
+    """Steps at which answers were kept, ascending."""
+    return sorted(int(p.stem.removeprefix("step-")) for p in folder.glob("step-*.json"))
+
+
+def read_samples(folder: Path, step: int) -> list[Answer]:
+    """The answers kept at a step."""
+    values = json.loads((folder / f"step-{step}.json").read_text(encoding="utf-8"))
+    return [Answer(**value) for value in values]
+
+
+def _short(text: str) -> str:
+    flat = text if len(text) <= _SHOWN_CHARACTERS else "…" + text[-_SHOWN_CHARACTERS:]
+    return flat.replace("[", "\\[")
+
+
+def _mark(correct: bool | None) -> str:
+    return "" if correct is None else "right" if correct else "wrong"

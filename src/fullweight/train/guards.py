@@ -1,0 +1,84 @@
+"""What keeps a run honest: no step on a non-finite number, and a stop that loses nothing.
+
+A step whose loss or gradient norm is not finite never reaches the weights. The numbers judged are already
+reduced over ranks, so that every rank reaches the same verdict. SIGINT and SIGTERM only raise a flag: the
+loop finishes its step, saves and leaves; a second SIGINT interrupts at once.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from fullweight.core.config import Config
+from fullweight.core.errors import TrainingError
+
+
+class GuardConfig(Config):
+    """What to do with a step whose loss or gradient norm is not finite.
+
+    `stop` ends the run before the weights change; `skip` drops the step, records it and goes on, until
+    `max_skips` in a row.
+    """
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skips: PositiveInt = 5
+
+
+class Guard:
+    """Judges each step's numbers and counts the steps skipped in a row."""
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
+        self.skips_in_a_row = 0
+
+    def refusal(self, losses: dict[str, float], grad_norm: float) -> str | None:
+        """Why the step must not be applied, or None. `losses` and `grad_norm` are global values."""
+        bad = [f"{name} loss {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if not math.isfinite(grad_norm):
+            bad.append(f"gradient norm {grad_norm}")
+        if not bad:
+            self.skips_in_a_row = 0
+            return None
+        self.skips_in_a_row += 1
+        return ", ".join(bad)
+
+    def enforce(self, step: int, refusal: str) -> None:
+        """Raise TrainingError unless the policy says to skip."""
+        limit = 0 if self.config.non_finite == "stop" else self.config.max_skips
+        if self.skips_in_a_row <= limit:
+            return
+        again = f" ({limit} steps before it were skipped too)" if limit else ""
+        raise TrainingError(
+            f"step {step}: {refusal}, expected finite numbers{again}; the weights were not changed. Lower "
+            "optimizer.lr or optimizer.max_grad_norm, use train.precision=fp32 to find the cause, or set "
+            "guard.non_finite=skip to drop such steps"
+        )
+
+
+class StopRequest:
+    """Whether a signal asked the run to end after the current step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle SIGINT and SIGTERM inside the block; the previous handlers come back after it."""
+        previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

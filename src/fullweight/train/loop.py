@@ -1,0 +1,248 @@
+"""The training loop, the same for every method: step, record, evaluate, save, until done or asked to stop.
+
+`train` starts a run in a new folder and `resume` continues one from its newest checkpoint, exactly: the
+ledger is taken back to that step and every later number is the one that an uninterrupted run would have
+written. Under torchrun every rank runs this function; rank 0 alone prints and writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fullweight.checkpoint import store
+from fullweight.core.errors import ConfigError
+from fullweight.data.synth import check
+from fullweight.models.deepseek_v4.cache import generate
+from fullweight.optim.groups import set_learning_rate
+from fullweight.optim.schedule import lr_factor
+from fullweight.parallel.mesh import joined
+from fullweight.train.assemble import Run, assemble, check_disk
+from fullweight.train.config import RunConfig
+from fullweight.train.evaluate import Evaluation, answer_questions, held_out_loss, score
+from fullweight.train.finish import finish, show_answers
+from fullweight.train.guards import StopRequest
+from fullweight.train.ledger import Ledger, rewind
+from fullweight.train.metrics import step_record
+from fullweight.train.progress import Reporter
+from fullweight.train.run_folder import RunFolder, environment, free_name, write_json
+from fullweight.train.step import Phases, training_step
+from fullweight.train.trackers import Tracker, flatten, open_trackers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` or `resume` ended; an unfinished run can be resumed."""
+
+    folder: RunFolder
+    step: int
+    finished: bool
+
+
+@dataclass
+class Records:
+    """Where rank 0 writes numbers; other ranks hold none of it."""
+
+    ledger: Ledger | None
+    trackers: list[Tracker]
+    reporter: Reporter
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One ledger line, and its numbers to the trackers."""
+        if self.ledger is None:
+            return
+        self.ledger.append(kind, step, values)
+        for tracker in self.trackers:
+            tracker.log(step, flatten(values, "" if kind == "step" else f"{kind}/"))
+
+    def close(self) -> None:
+        if self.ledger is not None:
+            self.ledger.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def train(config: RunConfig, console: Console | None = None) -> Outcome:
+    """Run a recipe from its first step. Raises FullweightError before any work on whatever is wrong."""
+    with joined(config.train.device) as ranks:
+        wanted = config.output or free_name(Path("runs") / config.name)
+        folder = RunFolder(Path(ranks.broadcast(str(wanted))))
+        with ranks.main_first_failure():
+            if ranks.is_main:
+                folder.check_free()
+        run = assemble(config, folder, ranks)
+        with ranks.main_first_failure():
+            if ranks.is_main:
+                check_disk(run)
+                _write_head(run)
+        return _drive(run, console, _start)
+
+
+def resume(root: Path, console: Console | None = None) -> Outcome:
+    """Continue the run in folder `root` from its newest complete checkpoint."""
+    folder = RunFolder(root)
+    config = load_config(folder)
+    with joined(config.train.device) as ranks:
+        newest = store.latest(folder.checkpoints)
+        run = assemble(config, folder, ranks, folder.tokenizer)
+        run.state.restore(newest)
+        with ranks.main_first_failure():
+            dropped = rewind(folder.ledger, run.state.step) if ranks.is_main else 0
+        return _drive(run, console, partial(_continue, dropped=dropped))
+
+
+def load_config(folder: RunFolder) -> RunConfig:
+    """The resolved configuration of a run folder; raises ConfigError when it is none."""
+    folder.require()
+    try:
+        values = json.loads(folder.config.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{folder.config} is damaged: {error}") from None
+    return RunConfig.resolve(values, str(folder.config))
+
+
+def evaluate(run: Run) -> Evaluation:
+    """Held-out loss and scored answers of the model as it is; all ranks together."""
+    settings = run.config.eval
+    losses, total = held_out_loss(
+        run.model, run.config.method, run.held_out, run.config.train.loss, run.ranks
+    )
+    replies = partial(
+        generate, run.model, max_new_tokens=settings.max_new_tokens, stop_ids=(run.tokenizer.eos_id,)
+    )
+    answers = answer_questions(
+        run.model,
+        run.questions,
+        run.tokenizer,
+        replies,
+        batch_size=settings.batch_size,
+        checker=check,
+        ranks=run.ranks,
+    )
+    return Evaluation(losses, total, score(answers), answers)
+
+
+def _write_head(run: Run) -> None:
+    run.folder.create()
+    run.tokenizer.save(run.folder.tokenizer)
+    write_json(run.folder.model, run.architecture.to_published())
+    write_json(run.folder.environment, environment(run.ranks.size, run.ranks.device))
+    write_json(run.folder.config, run.config.model_dump(mode="json"))
+
+
+def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], None]) -> Outcome:
+    main = run.ranks.is_main
+    trackers = (
+        open_trackers(run.config.trackers, run.folder.root, run.config.model_dump(mode="json"))
+        if main
+        else []
+    )
+    ledger = Ledger(run.folder.ledger) if main else None
+    records = Records(ledger, trackers, Reporter(console if main else None))
+    try:
+        opening(run, records)
+        finished = _steps(run, records)
+        if finished:
+            finish(run, records.reporter)
+    finally:
+        records.close()
+        run.state.loader.close()
+    return Outcome(run.folder, run.state.step, finished)
+
+
+def _start(run: Run, records: Records) -> None:
+    records.write("event", 0, {"what": "start", "peak": asdict(run.peak)})
+    records.reporter.say(
+        f"[bold]{run.config.name}[/bold]: {run.architecture.num_parameters(mtp=True):,} parameters, all "
+        f"trained, {run.ranks.size} rank(s), {run.config.train.precision}, into {run.folder.root}"
+    )
+    _evaluate_and_record(run, records)
+
+
+def _continue(run: Run, records: Records, dropped: int) -> None:
+    step = run.state.step
+    records.write("event", step, {"what": "resume", "dropped_steps": dropped, "peak": asdict(run.peak)})
+    records.reporter.say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}")
+
+
+def _steps(run: Run, records: Records) -> bool:
+    """Run to the last step (True) or until asked to stop (False); either way the state is saved."""
+    total, state = run.config.train.num_steps, run.state
+    saved = state.step if state.step else None
+    stopping = False
+    with StopRequest().listening() as stop, records.reporter.steps(state.step, total):
+        while state.step < total and not stopping:
+            record = _one_step(run)
+            records.write("step", state.step, record)
+            records.reporter.step(state.step, total, record)
+            if record["skipped"] is not None:
+                run.guard.enforce(state.step, record["skipped"])
+            if state.step == total or _due(state.step, run.config.eval.every):
+                _evaluate_and_record(run, records)
+            stopping = run.ranks.any(stop.requested) and state.step < total
+            if stopping or state.step == total or _due(state.step, run.config.checkpoint.every):
+                _save(run, records)
+                saved = state.step
+    assert saved == state.step, "the state of the last step is always saved"
+    return not stopping
+
+
+def _one_step(run: Run) -> dict[str, Any]:
+    config, state = run.config, run.state
+    phases = Phases(run.ranks.device)
+    batches = [next(state.loader).to(run.ranks.device) for _ in range(run.rows_per_rank)]
+    rate = config.optimizer.learning_rate * lr_factor(config.schedule, state.step, config.train.num_steps)
+    set_learning_rate(state.optimizers, rate)
+    result = training_step(
+        state.model,
+        config.method,
+        state.optimizers,
+        batches,
+        losses=config.train.loss,
+        clip_norm=config.optimizer.clip_norm,
+        guard=run.guard,
+        ranks=run.ranks,
+        phases=phases,
+    )
+    state.step += 1
+    state.tokens += result.num_tokens
+    record = step_record(
+        result,
+        config=run.architecture,
+        learning_rate=rate,
+        seconds=phases.seconds,
+        peak=run.peak,
+        ranks=run.ranks,
+    )
+    record["tokens"]["so_far"] = state.tokens
+    return record
+
+
+def _evaluate_and_record(run: Run, records: Records) -> None:
+    evaluation = evaluate(run)
+    step = run.state.step
+    records.write("eval", step, evaluation.as_dict())
+    if run.ranks.is_main:
+        write_json(run.folder.samples / f"step-{step}.json", [a.as_dict() for a in evaluation.answers])
+    if evaluation.losses:
+        parts = [f"{name} {value:.4f}" for name, value in evaluation.losses.items()]
+        if evaluation.score is not None:
+            parts.append(f"exact answers {evaluation.score:.1%} of {len(evaluation.answers)}")
+        records.reporter.say(f"step {step}: held-out {', '.join(parts)}")
+    show_answers(run.config.eval.show, evaluation.answers, records.reporter)
+
+
+def _save(run: Run, records: Records) -> None:
+    run.state.save(run.folder.checkpoints, run.config.checkpoint.keep)
+    if records.ledger is not None:
+        records.ledger.sync()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

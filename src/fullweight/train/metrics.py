@@ -1,0 +1,117 @@
+"""What a step's numbers mean: throughput, model FLOPs utilisation, expert load, memory.
+
+MFU here is exact sparse model FLOPs (`models/deepseek_v4/flops.py`: forward and backward, no recompute, no
+padding) over wall time times peak, where wall time is the whole step, data included, and the peak is that of
+all ranks together: given in the recipe, or a bf16 matrix product measured at the start of the run on every
+rank at once. The record carries the convention and the peak, because a bare percentage means nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.flops import training_flops
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.step import StepResult
+
+FLOPS_CONVENTION = "exact sparse model FLOPs, forward and backward, no recompute, no padding; wall time"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s that 100 % MFU stands for: all ranks together, and where the figure comes from."""
+
+    flops_per_second: float
+    source: str
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How evenly the real tokens of a step fell on the experts, over all MoE layers."""
+
+    max_over_mean: float  # worst layer; 1 is perfect balance
+    dead: int  # experts that no token reached, summed over layers
+    num_experts: int  # summed over layers
+
+
+def measure_peak(ranks: Ranks, seconds: float = 0.3, size: int = 1024) -> Peak:
+    """Best bf16 matmul rate, weights stored [out, in], all ranks at once; takes about `seconds`."""
+    x = torch.randn(size, size, device=ranks.device, dtype=torch.bfloat16)
+    weight = torch.randn(size, size, device=ranks.device, dtype=torch.bfloat16)
+    torch.nn.functional.linear(x, weight)
+    ranks.barrier()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        if ranks.device.type != "cpu":
+            torch.accelerator.synchronize(ranks.device)
+        best = min(best, time.perf_counter() - start)
+    rate = torch.tensor(2 * size**3 / best, dtype=torch.float64)
+    source = (
+        f"measured: bf16 matmul {size} x {size} x {size}, best of {seconds} s, {ranks.size} rank(s) at once"
+    )
+    return Peak(float(ranks.reduce(rate).item()), source)
+
+
+def expert_load(expert_counts: Tensor) -> ExpertLoad:
+    """Load over `expert_counts` [layers, experts]."""
+    counts = expert_counts.double()
+    mean = counts.mean(dim=1).clamp_min(1e-9)
+    worst = (counts.max(dim=1).values / mean).max().item() if counts.numel() else 0.0
+    return ExpertLoad(worst, int((expert_counts == 0).sum()), expert_counts.numel())
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes in use by this process and, on an accelerator, the peak allocated there."""
+    used = {"resident_bytes": psutil.Process().memory_info().rss}
+    if device.type == "cuda":
+        used["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return used
+
+
+def step_record(
+    result: StepResult,
+    *,
+    config: DeepSeekV4Config,
+    learning_rate: float,
+    seconds: dict[str, float],
+    peak: Peak,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """The ledger's values for one step; all ranks call it together.
+
+    `config` says what the FLOPs are, `seconds` is this rank's time by phase, whose sum is the step's wall
+    time (rank 0's stands for all: ranks wait for each other every step).
+    """
+    wall = sum(seconds.values())
+    mtp = config.num_nextn_predict_layers > 0
+    own = training_flops(config, result.document_lengths, mtp=mtp).total if result.document_lengths else 0
+    flops = float(ranks.reduce(torch.tensor(float(own), dtype=torch.float64)).item())
+    rate = flops / wall
+    return {
+        "loss": result.losses,
+        "total_loss": result.total_loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": learning_rate,
+        "tokens": {"real": result.num_tokens, "padding": result.num_padding, "trained": result.num_trained},
+        "tokens_per_second": result.num_tokens / wall,
+        "model_flops_per_second": rate,
+        "mfu": rate / peak.flops_per_second,
+        "mfu_convention": FLOPS_CONVENTION,
+        "peak": asdict(peak),
+        "experts": asdict(expert_load(result.expert_counts)),
+        "routing": "natural",
+        "without_gradient": list(result.without_gradient),
+        "unseen_embeddings": result.num_unseen_embeddings,
+        "memory": memory(ranks.device),
+        "seconds": {**seconds, "total": wall},
+        "skipped": result.refusal,
+    }

@@ -1,0 +1,160 @@
+"""The run folder: everything that one run leaves behind, each thing in its one place.
+
+    config.json         the resolved configuration        ledger.jsonl   numbers, one line a step
+    model.json          the architecture (published form) checkpoints/   step-N: exact training state
+    environment.json    versions, commit, machine         samples/       what the model answered, by step
+    tokenizer/          the tokenizer in use              plots/         pictures
+    export/             final weights, published names    summary.html   one page that shows it all
+
+A run starts only in a new or empty folder, so two runs never mix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from fullweight.core.errors import ConfigError
+
+_PACKAGES = ("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.html"
+
+    def check_free(self) -> None:
+        """Raise ConfigError when the folder holds something already."""
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise ConfigError(
+                f"{self.root} is not empty; choose another --output, or continue it with "
+                f"`fullweight resume {self.root}`"
+            )
+
+    def create(self) -> None:
+        """Make the folder; raises ConfigError when it holds something already."""
+        self.check_free()
+        self.samples.mkdir(parents=True)
+
+    def require(self) -> None:
+        """Raise ConfigError unless this is a run folder."""
+        if not self.config.is_file():
+            raise ConfigError(
+                f"{self.root} is not a run folder: it has no config.json; give the folder of a run"
+            )
+
+
+def free_name(wanted: Path) -> Path:
+    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that is not taken."""
+    candidate, number = wanted, 1
+    while candidate.exists() and any(candidate.iterdir()):
+        number += 1
+        candidate = wanted.with_name(f"{wanted.name}-{number}")
+    return candidate
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write beside and rename, so that a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def environment(world_size: int, device: torch.device) -> dict[str, Any]:
+    """What the run stood on: versions, commit, machine. A source tree outside git has commit None."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        **_commit(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cpu_count": os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+        "ranks": world_size,
+        "threads_per_rank": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the code's own source tree, and whether files differ from it."""
+    here = Path(__file__).parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", ".")
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "uncommitted_changes": None}
+    return {"commit": commit, "uncommitted_changes": bool(changed)}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

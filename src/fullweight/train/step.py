@@ -1,0 +1,206 @@
+"""One optimiser step: micro-batches in, weights changed once, numbers out.
+
+The order matters. Normalisers come first, summed over micro-batches and ranks, so that every token of the
+step weighs the same however it was packed; then forward and backward of each micro-batch; then one global
+gradient norm; then the verdict, on numbers that are equal on every rank; only then do weights and router
+biases move. The router bias follows the expert counts of the whole step.
+
+Left out: overlap of the reductions with the backward pass (FSDP overlaps its own).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fullweight.core.config import Config
+from fullweight.core.errors import TrainingError
+from fullweight.core.types import Batch
+from fullweight.methods import Method
+from fullweight.optim.clip import clip_grad_norm
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.guards import Guard
+
+
+class LossConfig(Config):
+    """What each loss component counts in the total, beside the language-model loss at 1.
+
+    `mtp` 0.3 and `balance` 1e-4 are DeepSeek-V4's. `indexer` is 1: its gradient reaches the indexer alone
+    (input and target are detached) and the optimisers' updates do not depend on a gradient's scale, so the
+    factor only sets how the indexer shares in the clipped global norm.
+    """
+
+    mtp: float = 0.3
+    indexer: float = 1.0
+    balance: float = 1e-4
+    router_bias_speed: float = 1e-3
+
+    def coefficient(self, component: str) -> float:
+        """Factor of a loss component in the total; 1 for a method's main loss."""
+        return float(getattr(self, component, 1.0))
+
+
+@dataclass
+class Phases:
+    """Seconds spent by phase in one step; a device is waited for at each boundary, or times would lie."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def end(self, phase: str) -> None:
+        """Book the time since the last boundary under `phase`."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global numbers of one step, equal on every rank."""
+
+    losses: dict[str, float]  # mean of each component, not multiplied by its coefficient
+    total_loss: float
+    counts: dict[str, float]  # what each component was divided by
+    grad_norm: float  # before clipping
+    num_tokens: int  # real tokens
+    num_padding: int
+    num_trained: float  # sum of loss weights
+    document_lengths: tuple[int, ...]  # this rank's, without padding
+    expert_counts: Tensor  # [MoE layers, experts] int64
+    num_unseen_embeddings: int  # vocabulary rows that no token of the step used
+    without_gradient: tuple[str, ...]  # trainable parameters whose gradient is absent or exactly zero
+    refusal: str | None  # why the weights were left alone
+
+
+def training_step(
+    model: nn.Module,
+    method: Method,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Sequence[Batch],
+    *,
+    losses: LossConfig,
+    clip_norm: float,
+    guard: Guard,
+    ranks: Ranks,
+    phases: Phases,
+) -> StepResult:
+    """Run one step over this rank's micro-batches (on the device) and apply it unless the guard refuses.
+
+    Raises TrainingError when no token of the step, on any rank, is to be learnt.
+    """
+    counts, tokens = _global_counts(model, method, batches, ranks)
+    phases.end("data")
+    sums: dict[str, Tensor] = {}
+    expert_counts: Tensor | None = None
+    for batch in batches:
+        output = method.forward(model, batch)
+        total = weighted_total(output.losses, counts, losses)
+        for name, value in output.losses.items():
+            sums[name] = sums.get(name, 0) + value.detach().double()
+        expert_counts = (
+            output.expert_counts if expert_counts is None else expert_counts + output.expert_counts
+        )
+        phases.end("forward")
+        total.backward()
+        phases.end("backward")
+    assert expert_counts is not None, "a step needs at least one micro-batch"
+
+    means = _global_means(sums, counts, ranks)
+    expert_counts = ranks.reduce(expert_counts)
+    without_gradient = _without_gradient(model, ranks)
+    grad_norm = clip_grad_norm(model.parameters(), clip_norm).item()
+    refusal = guard.refusal(means, grad_norm)
+    if refusal is None:
+        for optimizer in optimizers:
+            optimizer.step()
+        model.update_router_bias(expert_counts, losses.router_bias_speed)  # type: ignore[operator]
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    phases.end("optimizer")
+    return StepResult(
+        losses=means,
+        total_loss=sum(losses.coefficient(name) * value for name, value in means.items()),
+        counts=counts,
+        grad_norm=grad_norm,
+        num_tokens=tokens[0],
+        num_padding=tokens[1],
+        num_trained=counts[method.main_loss],
+        document_lengths=tuple(n for b in batches for n in real_lengths(b)),
+        expert_counts=expert_counts.cpu(),
+        num_unseen_embeddings=_unseen_embeddings(model, batches, ranks),
+        without_gradient=without_gradient,
+        refusal=refusal,
+    )
+
+
+def weighted_total(sums: dict[str, Tensor], counts: dict[str, float], losses: LossConfig) -> Tensor:
+    """sum_k coefficient_k * sum_k / count_k, the scalar to differentiate; a component without count is 0."""
+    terms = [losses.coefficient(k) / counts[k] * value for k, value in sums.items() if counts[k] > 0]
+    return torch.stack(terms).sum()
+
+
+def real_lengths(batch: Batch) -> tuple[int, ...]:
+    """Document lengths of a row without its padding."""
+    return batch.layout.document_lengths[: batch.layout.num_documents]
+
+
+def _global_counts(
+    model: nn.Module, method: Method, batches: Sequence[Batch], ranks: Ranks
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """(normaliser by component, (real tokens, padding)) over the micro-batches of all ranks."""
+    local = [method.loss_counts(model, batch) for batch in batches]
+    names = sorted(local[0])
+    padding = sum(b.layout.num_padding for b in batches)
+    real = sum(b.num_tokens for b in batches) - padding
+    values = torch.tensor([*(sum(c[n] for c in local) for n in names), real, padding], dtype=torch.float64)
+    reduced = ranks.reduce(values).tolist()
+    counts = dict(zip(names, reduced, strict=False))
+    if counts[method.main_loss] <= 0:
+        ids = [i for b in batches for i in b.sample_ids][:3]
+        raise TrainingError(
+            f"no token of this step is to be learnt (samples {', '.join(ids) or 'without ids'}, ...); "
+            "expected at least one with loss: check the roles and per-message opt-outs, or raise data.row_tokens if "
+            "answers were truncated away"
+        )
+    return counts, (int(reduced[-2]), int(reduced[-1]))
+
+
+def _global_means(sums: dict[str, Tensor], counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    names = sorted(sums)
+    reduced = ranks.reduce(torch.stack([sums[n] for n in names])).tolist()
+    return {n: s / counts[n] if counts[n] > 0 else 0.0 for n, s in zip(names, reduced, strict=True)}
+
+
+@torch.no_grad()
+def _without_gradient(model: nn.Module, ranks: Ranks) -> tuple[str, ...]:
+    """Names of trainable parameters that nothing of this step reached, on any rank."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    present = [(i, _local(p.grad)) for i, (_, p) in enumerate(named) if p.grad is not None]
+    reached = torch.zeros(len(named))
+    filled = [(i, g) for i, g in present if g.numel()]
+    if filled:
+        norms = torch._foreach_norm([g for _, g in filled], float("inf"))
+        flags = (torch.stack([n.float() for n in norms]) != 0).float().cpu()  # NaN counts as reached
+        reached[[i for i, _ in filled]] = flags
+    reached = ranks.reduce(reached, "max")
+    return tuple(name for (name, _), flag in zip(named, reached.tolist(), strict=True) if not flag)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _unseen_embeddings(model: nn.Module, batches: Iterable[Batch], ranks: Ranks) -> int:
+    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
+    seen = torch.zeros(vocabulary)
+    for batch in batches:
+        seen[batch.tokens[: batch.num_tokens - batch.layout.num_padding].cpu()] = 1.0
+    return int(vocabulary - ranks.reduce(seen, "max").sum().item())
