@@ -1,0 +1,88 @@
+# One virtual environment in .venv, made on first use and remade when pyproject.toml changes.
+#
+#   make quickstart          post-train a small DeepSeek-V4, every parameter of it, on this machine's CPU
+#   make test                the tests that take seconds each
+#   make help                everything else
+#
+# PYTHON=/path/to/python3.12   the interpreter to use (default: the first on PATH that is 3.11 or newer)
+# PIP_FLAGS="..."              passed to every `pip install`
+# RUN=runs/name                the folder of `make quickstart` (default: a new one, named by the time)
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?=
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+# Stamps, so that set-up is one `stat` when nothing changed. The developer's set contains the user's.
+RUNTIME := $(VENV)/.installed
+DEVELOP := $(VENV)/.installed-dev
+
+# A .venv whose interpreter has gone is made again, stamps and all.
+$(shell test -x $(BIN)/python || rm -f $(RUNTIME) $(DEVELOP))
+
+CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help setup quickstart test test-multi test-slow lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+setup: $(DEVELOP) ## make .venv with everything that the tests and the linters need
+
+quickstart: $(RUNTIME) ## train a small model on generated tasks, with scores, report and export (minutes)
+	$(BIN)/fullweight train recipes/quickstart.toml --output $(RUN)
+
+test: $(DEVELOP) ## every test that takes seconds
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+
+test-multi: $(DEVELOP) ## only the tests with several ranks on this machine
+	$(BIN)/python -m pytest tests/multi $(PYTEST_FLAGS)
+
+test-slow: $(DEVELOP) ## the tests that take longer
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(DEVELOP) ## ruff, mypy, and the rules on who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEVELOP) ## speed and memory of one training step, beside transformers
+	$(BIN)/fullweight bench model
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A name on PATH may be a shim for a version that is absent, or a Python without venv: each candidate is run.
+$(BIN)/python:
+	@found=""; \
+	for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python); do \
+	  if "$$candidate" -c '$(CHECK_PYTHON)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "fullweight needs Python 3.11 or newer with venv and ensurepip; tried: $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python on PATH)." >&2; \
+	  echo "Install one (Debian and Ubuntu: apt-get install python3.11 python3.11-venv), or name one: make PYTHON=/path/to/python3.11 ..." >&2; \
+	  exit 1; \
+	fi; \
+	echo "making $(VENV) with $$found ($$("$$found" --version 2>&1))"; \
+	"$$found" -m venv --clear $(VENV)
+
+# torch first and alone: it is most of the download, and is kept when a later step fails.
+$(RUNTIME): pyproject.toml | $(BIN)/python
+	@echo "installing fullweight into $(VENV) (a minute or two from a nearby package index)"
+	@$(PIP_INSTALL) "$$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(DEVELOP): $(RUNTIME)
+	@echo "installing what tests and linters need"
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
