@@ -1,0 +1,1 @@
+"""Measurements that stand on a record: the training step beside transformers and a plain matrix product."""

@@ -1,0 +1,118 @@
+"""What a benchmark run is told and what it reports, process memory, and the machine's matmul peak.
+
+Peak memory is the kernel's high-water mark of this process image (VmHWM). getrusage's ru_maxrss is only the
+fallback: on Linux it also remembers the parent's memory from before exec, so that a small child of a large
+parent would report the parent. The baseline is what is resident once everything is imported, before any
+model exists.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from fullweight.core.config import Config
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+
+MATMUL_SHAPES = ((2048, 2048, 2048), (4096, 512, 512))
+"""(rows, in, out): a large square product, and one of the bench preset's own projections."""
+_MATMUL_REPEATS = 15
+
+
+class BenchConfig(Config):
+    """What to measure; the same object reaches every subprocess."""
+
+    preset: str = "bench"
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = Field((1024, 4096, 16384, 32768), min_length=1)
+    documents: PositiveInt = Field(1, description="documents that the row is split into, as even as possible")
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    transformers_up_to: NonNegativeInt = Field(4096, description="longest row run in transformers; 0: none")
+    transformers_experts: Literal["eager", "grouped_mm", "batched_mm"] = "eager"
+    rounds: PositiveInt = Field(1, description="passes over all lengths, each in fresh processes")
+    repeats: PositiveInt = 3
+    warm_up: NonNegativeInt = 1
+    seed: NonNegativeInt = 0
+    threads: PositiveInt = 1
+
+    def architecture(self) -> DeepSeekV4Config:
+        return DeepSeekV4Config.preset(self.preset)
+
+    def document_lengths(self, length: int) -> list[int]:
+        """`length` tokens split over the documents, longer ones first."""
+        documents = min(self.documents, length)
+        return [length // documents + (i < length % documents) for i in range(documents)]
+
+    def tokens(self, length: int) -> torch.Tensor:
+        """[length] int64 uniform token ids from the seed, the same for every implementation."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(0, self.architecture().vocab_size, (length,), generator=generator)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Timed steps of one subprocess; `steps` holds seconds by phase, warm-up left out."""
+
+    steps: list[dict[str, float]]
+    baseline_bytes: int
+    peak_bytes: int
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step, to show that it ran
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MatmulPeak:
+    """Median FLOP/s of a bf16 product by shape "rows x in x out"."""
+
+    flops_per_second: dict[str, float]
+    spread: dict[str, float]  # (slowest - fastest) / median time
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    return _status("VmRSS") or _maxrss_bytes()
+
+
+def peak_bytes() -> int:
+    """The most memory of this process that was ever in RAM."""
+    return _status("VmHWM") or _maxrss_bytes()
+
+
+def _status(field_name: str) -> int | None:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    for line in path.read_text(encoding="ascii").splitlines():
+        if line.startswith(field_name + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _maxrss_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_matmul() -> MatmulPeak:
+    """bf16 x @ W.T with W stored [out, in], fp32 never involved; each shape warmed up and timed alone."""
+    rates, spreads = {}, {}
+    for rows, inner, outer in MATMUL_SHAPES:
+        x = torch.randn(rows, inner).to(torch.bfloat16)
+        weight = torch.randn(outer, inner).to(torch.bfloat16)
+        seconds = []
+        for repeat in range(_MATMUL_REPEATS + 2):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            if repeat >= 2:
+                seconds.append(time.perf_counter() - start)
+        name, median = f"{rows} x {inner} x {outer}", statistics.median(seconds)
+        rates[name] = 2 * rows * inner * outer / median
+        spreads[name] = (max(seconds) - min(seconds)) / median
+    return MatmulPeak(rates, spreads)

@@ -1,0 +1,53 @@
+"""The training step itself, timed: `train.step.training_step`, not a copy of it.
+
+bf16 compute with fp32 master weights, gradients and moments; forward and backward of all losses (next token,
+MTP, indexer, balance), gradient norm and clipping, optimizer, router bias. Weights are fresh and routing is
+natural. One row is one micro-batch and one step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fullweight.bench.measure import BenchConfig, Measurement, peak_bytes, resident_bytes
+from fullweight.core.types import Batch, PackedLayout
+from fullweight.methods.sft import Pretrain
+from fullweight.models.deepseek_v4.init import initialise
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.optim.groups import OptimizerConfig, build_optimizers
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.guards import Guard, GuardConfig
+from fullweight.train.step import LossConfig, Phases, training_step
+
+
+def measure_fullweight(config: BenchConfig, length: int) -> Measurement:
+    """Run warm-up and timed steps on a row of `length` tokens."""
+    baseline = resident_bytes()
+    architecture = config.architecture()
+    model = initialise(DeepSeekV4(architecture, torch.bfloat16), config.seed)
+    settings = OptimizerConfig(name=config.optimizer, learning_rate=1e-4)
+    optimizers = build_optimizers(model, model.parameter_roles(), settings)
+    layout = PackedLayout.build(config.document_lengths(length), architecture.ratios)
+    batch = Batch(config.tokens(length), torch.ones(length), layout)
+    device = torch.device("cpu")
+    guard = Guard(GuardConfig())
+    steps = []
+    for step in range(config.warm_up + config.repeats):
+        phases = Phases(device)
+        result = training_step(
+            model,
+            Pretrain(),
+            optimizers,
+            [batch],
+            losses=LossConfig(),
+            clip_norm=settings.clip_norm,
+            guard=guard,
+            ranks=Ranks(0, 1, device),
+            phases=phases,
+        )
+        if result.refusal is not None:
+            guard.enforce(step, result.refusal)
+        if step >= config.warm_up:
+            steps.append(phases.seconds)
+    notes = {"operations": type(model.ops).__name__, "routing": "natural"}
+    return Measurement(steps, baseline, peak_bytes(), result.losses, notes)
