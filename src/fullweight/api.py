@@ -48,7 +48,13 @@ class LoadedModel:
         """New token ids for each prompt; stops at the end-of-sentence token unless told otherwise."""
         stops = [self.config.eos_token_id] if stop_ids is None else stop_ids
         return generate(
-            self.model, prompts, max_new_tokens, temperature=temperature, top_p=top_p, stop_ids=stops, seed=seed
+            self.model,
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=stops,
+            seed=seed,
         )
 
 

@@ -83,9 +83,7 @@ def export_tensors(
     return folder
 
 
-def load_model(
-    folder: str | Path, compute_dtype: torch.dtype = torch.float32, **options: Any
-) -> DeepSeekV4:
+def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, **options: Any) -> DeepSeekV4:
     """Build the model that a checkpoint folder describes and fill it; parameters are fp32.
 
     `options` go to `DeepSeekV4`. Raises CheckpointError on a missing, unexpected or misshapen tensor, or an
@@ -135,7 +133,9 @@ def shard_paths(folder: Path) -> list[Path]:
     paths = [folder / name for name in names]
     absent = [p.name for p in paths if not p.is_file()]
     if not paths or absent:
-        raise CheckpointError(f"{folder} has no weights: {'missing ' + _few(absent) if absent else 'no .safetensors file'}")
+        raise CheckpointError(
+            f"{folder} has no weights: {'missing ' + _few(absent) if absent else 'no .safetensors file'}"
+        )
     return paths
 
 

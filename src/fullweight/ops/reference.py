@@ -116,7 +116,14 @@ class ReferenceOperations:
     # ---- hyper-connections (report 2.2) -------------------------------------------------------------
 
     def hyper_pre(
-        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, norm_eps: float
+        self,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        iters: int,
+        eps: float,
+        norm_eps: float,
     ) -> HyperOutput:
         """Mix streams [T, n, d] into a sublayer's input and make the weights of `hyper_post`.
 
@@ -278,7 +285,9 @@ class ReferenceOperations:
             total = total + recomputed(self._selected_loss, *args)
         return total
 
-    def _selected_loss(self, queries: Tensor, keys: Tensor, weights: Tensor, selected: Tensor, mass: Tensor) -> Tensor:
+    def _selected_loss(
+        self, queries: Tensor, keys: Tensor, weights: Tensor, selected: Tensor, mass: Tensor
+    ) -> Tensor:
         seen = selected >= 0
         picked = keys[selected.clamp(min=0)]
         products = torch.relu(torch.einsum("thc,tsc->ths", queries, picked)).to(weights.dtype)
@@ -305,7 +314,9 @@ class ReferenceOperations:
                 scores = torch.einsum("thc,tsc->ths", q[a:b], every).to(lse.dtype) * q.shape[-1] ** -0.5
                 mass = torch.exp(scores - lse[a:b, :, None]).sum(1).masked_fill(~seen, 0.0)
 
-            def chunk_loss(queries: Tensor, keys: Tensor, weights: Tensor, mass: Tensor, seen: Tensor) -> Tensor:
+            def chunk_loss(
+                queries: Tensor, keys: Tensor, weights: Tensor, mass: Tensor, seen: Tensor
+            ) -> Tensor:
                 return kl_divergence(mass, self.index_scores(queries, keys, weights), seen)
 
             total = total + recomputed(chunk_loss, queries[a:b], keys, weights[a:b], mass, seen)

@@ -28,7 +28,12 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.ops, self.layer, self.indexer_loss = config, ops, layer, indexer_loss
-        d, c, heads, eps = config.hidden_size, config.head_dim, config.num_attention_heads, config.rms_norm_eps
+        d, c, heads, eps = (
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.rms_norm_eps,
+        )
         self.kind = config.layer_kind(layer)
         self.ratio = config.compress_ratios[layer]
         self.wq_a = Projection(ops, d, config.q_lora_rank)
@@ -51,7 +56,9 @@ class Attention(nn.Module):
         latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(latent).view(x.shape[0], self.config.num_attention_heads, self.config.head_dim)
         q = self.ops.norm_rotary(q, None, self.config.rms_norm_eps, rotation.cos, rotation.sin)
-        kv = self.ops.norm_rotary(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, rotation.cos, rotation.sin)
+        kv = self.ops.norm_rotary(
+            self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, rotation.cos, rotation.sin
+        )
         if isinstance(context, DecodeContext):
             out = self._decode(x, latent, q, kv, context)
         else:
@@ -88,7 +95,12 @@ class Attention(nn.Module):
         return result.out
 
     def _train_indexer(
-        self, index: IndexerOutput, q: Tensor, result: AttentionOutput, compressed: Compressed, context: Context
+        self,
+        index: IndexerOutput,
+        q: Tensor,
+        result: AttentionOutput,
+        compressed: Compressed,
+        context: Context,
     ) -> None:
         tokens = context.layout.num_tokens - context.layout.num_padding
         keys = index.compressed.entries

@@ -40,7 +40,9 @@ def hyper_pre(
     )
 
 
-def hyper_head(module: nn.Module, config: DeepSeekV4Config, ops: ReferenceOperations, streams: Tensor) -> Tensor:
+def hyper_head(
+    module: nn.Module, config: DeepSeekV4Config, ops: ReferenceOperations, streams: Tensor
+) -> Tensor:
     """Streams [T, n, d] to one [T, d]."""
     fn, base, scale = (module.get_parameter(f"hc_head_{name}") for name in ("fn", "base", "scale"))
     return ops.hyper_head(streams, fn, base, scale, config.hc_eps, config.rms_norm_eps)

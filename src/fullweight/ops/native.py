@@ -1,0 +1,129 @@
+"""Compile cpu_kernels.cpp once per machine and call it.
+
+The source has no dependency but a C++ compiler; it is compiled in seconds for the processor it runs on and
+kept in a cache folder, under a name that holds the hash of the source, the compiler and the processor's
+features. OpenMP is the copy that torch has already loaded: two copies would each keep a pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fullweight.core.errors import OperationError
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler: $CXX, or the first of c++, g++, clang++ on PATH."""
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $FULLWEIGHT_CACHE, or fullweight/ in the user's cache folder."""
+    root = os.environ.get("FULLWEIGHT_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fullweight"
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The loaded library; raises OperationError saying what is missing when it cannot be built."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise OperationError("the cpu operations need a C++ compiler (c++, g++ or clang++ on PATH, or $CXX)")
+    library = cache_folder() / f"cpu_kernels-{_fingerprint(compiler)}.so"
+    if not library.exists():
+        _compile(compiler, library)
+    openmp = _loaded_openmp()
+    if openmp is not None:
+        ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise OperationError(
+            f"{library} does not load ({error}); delete it to have it compiled anew"
+        ) from None
+
+
+def call(name: str, *arguments: Tensor | int | float | None, dtype: torch.dtype = torch.float32) -> None:
+    """Run a kernel's version for `dtype` (float32 or bfloat16); tensors are passed as they lie in memory."""
+    suffix = "h" if dtype == torch.bfloat16 else "f"
+    getattr(kernels(), f"{name}_{suffix}")(*(_argument(a) for a in arguments))
+
+
+def _argument(value: Tensor | int | float | None) -> object:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, Tensor):
+        assert value.is_contiguous(), "kernels read contiguous tensors"
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
+        # OpenMP's symbols are left to the copy that torch loads
+        link = [compiler, "-shared", str(compiled), "-o", str(linked)]
+        if _loaded_openmp() is None:
+            link.append("-fopenmp")
+        for command in ([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)], link):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OperationError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        os.replace(linked, library)
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _processor(), torch.__version__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    return platform.processor() + platform.machine()
+
+
+def _loaded_openmp() -> str | None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split()[-1] for line in maps.read_text(encoding="utf-8").splitlines() if "/" in line}
+    return next(
+        (path for path in sorted(paths) if "gomp" in Path(path).name or "iomp" in Path(path).name), None
+    )
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc not to give large blocks back at every free; True where that is possible.
+
+    By default each freed block of more than 32 MB returns to the kernel, and the next tensor of that size pays
+    for fresh zeroed pages: several times the cost of the arithmetic in a large element-wise operation.
+    """
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    settings = ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20))
+    return all([mallopt(option, value) for option, value in settings])
