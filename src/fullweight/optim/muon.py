@@ -61,7 +61,8 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     silent = peak <= NO_SIGNAL
     scaled = wide / peak.masked_fill(silent, 1.0)
     scaled /= torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True).masked_fill(silent, 1.0)
-    x = scaled.masked_fill_(silent, 0.0).to(dtype)
+    # Contiguous: a batched bf16 product of transposed views is about 100 times slower on a CPU.
+    x = scaled.masked_fill_(silent, 0.0).to(dtype).contiguous()
     del scaled
     gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
     polynomial, following = torch.empty_like(gram), torch.empty_like(x)
