@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fullweight.bench.measure import BenchConfig, peak_bytes, resident_bytes
+from fullweight.bench.measure import BenchConfig, Waiting, peak_bytes, resident_bytes
 from fullweight.bench.suite import Run, plan, record, run_one, run_suite, summarise
 from fullweight.cli.bench import bench_app, print_summary
 from fullweight.core.errors import ConfigError
@@ -20,13 +21,15 @@ from fullweight.models.deepseek_v4.flops import training_flops
 GB = 10**9
 
 
-def _matmul(*rates: float) -> Run:
-    return Run("matmul", 100, {"flops_per_second": dict(enumerate(rates)), "spread": {}})
+def _matmul(*rates: float, waited: float | None = 0.01) -> Run:
+    result = {"flops_per_second": dict(enumerate(rates)), "spread": {}, "waited_share": waited}
+    return Run("matmul", 100, result)
 
 
 def _steps(kind: str, length: int, seconds: list[float], peak: float, baseline: float = 0.25 * GB) -> Run:
     steps = [{"forward": s / 4, "backward": s * 3 / 4} for s in seconds]
-    return Run(kind, length, {"steps": steps, "peak_bytes": peak, "baseline_bytes": baseline})  # type: ignore[arg-type]
+    result = {"steps": steps, "peak_bytes": peak, "baseline_bytes": baseline, "waited_share": 0.02}
+    return Run(kind, length, result)  # type: ignore[arg-type]
 
 
 def test_summary_arithmetic() -> None:
@@ -74,6 +77,19 @@ def test_summary_arithmetic() -> None:
     assert "[out, in]" in text  # not swallowed as markup
     assert "…" not in text  # fits a terminal
     assert "failed: transformers at 200 tokens: killed" in text
+    assert "disturbed" not in text
+
+
+def test_other_work_on_the_machine_shows() -> None:
+    """The worst share of time spent waiting for a processor is kept, and said when it spoils the figures."""
+    config = BenchConfig(lengths=(100,), preset="tiny")
+    for worst, shown in ((0.4, True), (0.03, False), (None, False)):
+        runs = [_matmul(GB, waited=worst), _steps("fullweight", 100, [1.0], GB)]
+        summary = summarise(config, runs)
+        assert summary.waited_share == (worst or 0.02)
+        console = Console(file=StringIO(), width=80)
+        print_summary(summary, console, "adamw")
+        assert ("disturbed: up to 40%" in console.file.getvalue()) is shown  # type: ignore[attr-defined]
 
 
 def test_memory_that_is_not_linear_shows() -> None:
@@ -115,6 +131,14 @@ def test_peak_memory_is_this_process_alone() -> None:
     assert 150_000_000 < after - before < 250_000_000
     assert now < after
     assert resident_bytes() <= peak_bytes()
+
+
+def test_waiting_counts_only_time_ready_to_run() -> None:
+    """A sleeping thread does not wait for a processor."""
+    waiting = Waiting()
+    time.sleep(0.2)
+    share = waiting.share()
+    assert share is None or share < 0.5
 
 
 def test_a_real_run_of_every_kind() -> None:

@@ -4,6 +4,9 @@ Peak memory is the kernel's high-water mark of this process image (VmHWM). getru
 fallback: on Linux it also remembers the parent's memory from before exec, so that a small child of a large
 parent would report the parent. The baseline is what is resident once everything is imported, before any
 model exists.
+
+Times are wall times, so other work on the machine spoils them. How much is on record: the share of the timed
+steps during which the main thread was ready to run but waited for a processor (Linux only).
 """
 
 from __future__ import annotations
@@ -63,6 +66,7 @@ class Measurement:
     steps: list[dict[str, float]]
     baseline_bytes: int
     peak_bytes: int
+    waited_share: float | None  # of the timed steps, for a processor; None where the system does not say
     losses: dict[str, float] = field(default_factory=dict)  # of the last step, to show that it ran
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +77,26 @@ class MatmulPeak:
 
     flops_per_second: dict[str, float]
     spread: dict[str, float]  # (slowest - fastest) / median time
+    waited_share: float | None
+
+
+class Waiting:
+    """Share of the time since it was made that this thread waited for a processor."""
+
+    def __init__(self) -> None:
+        self._start, self._waited = time.perf_counter(), _waited_seconds()
+
+    def share(self) -> float | None:
+        """Between 0 and 1; None where the system does not say."""
+        waited = _waited_seconds()
+        if waited is None or self._waited is None:
+            return None
+        return (waited - self._waited) / (time.perf_counter() - self._start)
+
+
+def _waited_seconds() -> float | None:
+    path = Path("/proc/thread-self/schedstat")
+    return int(path.read_text(encoding="ascii").split()[1]) / 1e9 if path.exists() else None
 
 
 def resident_bytes() -> int:
@@ -102,7 +126,7 @@ def _maxrss_bytes() -> int:
 
 def measure_matmul() -> MatmulPeak:
     """bf16 x @ W.T with W stored [out, in], fp32 never involved; each shape warmed up and timed alone."""
-    rates, spreads = {}, {}
+    rates, spreads, waiting = {}, {}, Waiting()
     for rows, inner, outer in MATMUL_SHAPES:
         x = torch.randn(rows, inner).to(torch.bfloat16)
         weight = torch.randn(outer, inner).to(torch.bfloat16)
@@ -115,4 +139,4 @@ def measure_matmul() -> MatmulPeak:
         name, median = f"{rows} x {inner} x {outer}", statistics.median(seconds)
         rates[name] = 2 * rows * inner * outer / median
         spreads[name] = (max(seconds) - min(seconds)) / median
-    return MatmulPeak(rates, spreads)
+    return MatmulPeak(rates, spreads, waiting.share())

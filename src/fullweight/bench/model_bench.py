@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fullweight.bench.measure import BenchConfig, Measurement, peak_bytes, resident_bytes
+from fullweight.bench.measure import BenchConfig, Measurement, Waiting, peak_bytes, resident_bytes
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.methods.sft import Pretrain
 from fullweight.models.deepseek_v4.init import initialise
@@ -31,8 +31,10 @@ def measure_fullweight(config: BenchConfig, length: int) -> Measurement:
     batch = Batch(config.tokens(length), torch.ones(length), layout)
     device = torch.device("cpu")
     guard = Guard(GuardConfig())
-    steps = []
+    steps, waiting = [], Waiting()
     for step in range(config.warm_up + config.repeats):
+        if step == config.warm_up:
+            waiting = Waiting()
         phases = Phases(device)
         result = training_step(
             model,
@@ -49,5 +51,5 @@ def measure_fullweight(config: BenchConfig, length: int) -> Measurement:
             guard.enforce(step, result.refusal)
         if step >= config.warm_up:
             steps.append(phases.seconds)
-    notes = {"operations": type(model.ops).__name__, "routing": "natural"}
-    return Measurement(steps, baseline, peak_bytes(), result.losses, notes)
+    notes = {"operations": model.ops.name, "routing": "natural"}
+    return Measurement(steps, baseline, peak_bytes(), waiting.share(), result.losses, notes)

@@ -97,6 +97,7 @@ class Summary:
     memory_bytes_per_token: float | None
     memory_fixed_bytes: float | None
     memory_largest_deviation: float | None  # from the line, as a share of the measured peak
+    waited_share: float | None  # worst of all measurements: other work on the machine took that much
 
 
 def plan(config: BenchConfig) -> list[tuple[Kind, int]]:
@@ -162,6 +163,7 @@ def summarise(config: BenchConfig, runs: list[Run]) -> Summary:
         tokens, memory = np.array(points, dtype=np.float64).T
         slope, fixed = (float(x) for x in np.polyfit(tokens, memory, 1))
         deviation = float(np.max(np.abs(fixed + slope * tokens - memory) / memory))
+    waited = [share for run in runs if run.result and (share := run.result["waited_share"]) is not None]
     return Summary(
         matmul_flops_per_second=peak,
         rows=rows,
@@ -169,12 +171,11 @@ def summarise(config: BenchConfig, runs: list[Run]) -> Summary:
         memory_bytes_per_token=slope,
         memory_fixed_bytes=fixed,
         memory_largest_deviation=deviation,
+        waited_share=max(waited, default=None),
     )
 
 
-def record(
-    config: BenchConfig, runs: list[Run], summary: Summary, stood_on: dict[str, Any]
-) -> dict[str, Any]:
+def record(config: BenchConfig, runs: list[Run], summary: Summary, stood_on: dict[str, Any]) -> dict[str, Any]:
     """Everything needed to check or repeat the benchmark."""
     return {
         "benchmark": "model",

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from fullweight.bench.suite import Row, Side, Summary
 
+_DISTURBED = 0.05
+"""Share of the time waited for a processor above which other work has spoilt the figures."""
+
 bench_app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
 
@@ -101,9 +104,7 @@ def print_summary(summary: Summary, console: Console, optimizer: str) -> None:
     for row in summary.rows:
         _add_rows(table, row)
     console.print(table)
-    lines = [
-        f"matmul peak {summary.matmul_flops_per_second / 1e9:,.0f} GFLOP/s (bf16, weights stored [out, in])"
-    ]
+    lines = [f"matmul peak {summary.matmul_flops_per_second / 1e9:,.0f} GFLOP/s (bf16, weights stored [out, in])"]
     if summary.worst_over_best_flops is not None and len(summary.rows) > 1:
         lines.append(f"slowest length reaches {summary.worst_over_best_flops:.0%} of the best GFLOP/s")
     if summary.memory_bytes_per_token is not None and summary.memory_fixed_bytes is not None:
@@ -114,13 +115,16 @@ def print_summary(summary: Summary, console: Console, optimizer: str) -> None:
         )
     for row in summary.rows:
         sides = (("fullweight", row.fullweight), ("transformers", row.transformers))
-        lines += [
-            f"{row.length:,} tokens, {name}: {_phases(side)}" for name, side in sides if side is not None
-        ]
+        lines += [f"{row.length:,} tokens, {name}: {_phases(side)}" for name, side in sides if side is not None]
     lines.append("FLOPs: exact sparse model FLOPs over the whole step's time.")
     lines.append("transformers runs no optimizer, no MTP and no indexer loss.")
     for line in lines:
         console.print(Text(line))
+    if summary.waited_share is not None and summary.waited_share > _DISTURBED:
+        share = f"up to {summary.waited_share:.0%} of a measurement"
+        console.print(
+            Text(f"disturbed: {share} went to waiting for a processor; run again on an idle machine", "red")
+        )
     for error in (e for row in summary.rows for e in row.errors):
         console.print(Text(f"failed: {error}", "red"))
 
