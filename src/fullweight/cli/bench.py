@@ -40,7 +40,7 @@ def model_command(
         int, typer.Option(min=0, help="longest row that transformers runs too; 0 for none")
     ] = 4096,
     transformers_experts: Annotated[
-        str, typer.Option(help="its experts: eager (fastest on a CPU), grouped_mm or batched_mm")
+        str, typer.Option(help="its experts: eager, grouped_mm or batched_mm (slow on a CPU)")
     ] = "eager",
     rounds: Annotated[int, typer.Option(min=1, help="passes over all lengths in fresh processes")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="timed steps of a process")] = 3,
