@@ -43,7 +43,7 @@ def export_checkpoint(
 
     Matrices, norms and embeddings are stored in `dtype`; hyper-connections, sinks, position and router biases
     in float32 and hash tables in int64, as the release does. `write_tokenizer(folder)` adds the tokenizer's
-    files. Raises CheckpointError if the folder exists and is not empty.
+    files. Raises CheckpointError if the folder exists and is not empty, or the disk refuses.
     """
     tensors = {name: t.detach() for name, t in model.state_dict().items()}
     return export_tensors(tensors, model.config, folder, dtype, write_tokenizer)
@@ -58,13 +58,15 @@ def export_tensors(
 ) -> Path:
     """As `export_checkpoint`, from named tensors of a model of this config."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; name a new folder for the export")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        found = "not empty" if folder.is_dir() else "a file"
+        raise CheckpointError(f"{folder} is {found}; name a new folder for the export")
     stored = getattr(torch, dtype)
-    staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    place = folder.resolve()
+    staging = place.with_name(f".{place.name}.writing-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         _write_shards(tensors, config, staging, stored)
         quantization = {"quantization_config", "expert_dtype"}
         published = {k: v for k, v in config.to_published(torch_dtype=dtype).items() if k not in quantization}
@@ -74,10 +76,14 @@ def export_tensors(
         for path in staging.iterdir():
             _sync(path)
         _sync(staging)
-        if folder.exists():
-            folder.rmdir()
-        staging.rename(folder)
-        _sync(folder.parent)
+        if place.exists():
+            place.rmdir()
+        staging.rename(place)
+        _sync(place.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write {folder}: {error}; nothing was left behind: free space or name another folder"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -106,18 +112,21 @@ def load_weights(model: DeepSeekV4, folder: str | Path) -> None:
     for path in shard_paths(Path(folder)):
         published.update(_read_shard(path))
     tensors = from_published(published, model.config)
-    own = model.state_dict()
+    own, experts = model.state_dict(), model.config.n_routed_experts
     missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or left:
-        raise CheckpointError(
-            f"{folder} does not fit the model: missing {_few(missing)}; unexpected {_few(left)}"
-        )
+        raise CheckpointError(f"{folder} does not fit the model: missing {_few(missing)}; unexpected {_few(left)}")
     for name, target in own.items():
-        if target.shape != tensors[name].shape:
-            found, expected = list(tensors[name].shape), list(target.shape)
+        tensor = tensors[name]
+        if target.shape != tensor.shape:
+            found, expected = list(tensor.shape), list(target.shape)
             raise CheckpointError(f"{folder}: {name} has shape {found}, expected {expected}")
+        if target.is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(f"{folder}: {name} is stored as {tensor.dtype}, expected {target.dtype}")
+        if name.endswith("tid2eid") and not 0 <= int(tensor.min()) <= int(tensor.max()) < experts:
+            raise CheckpointError(f"{folder}: {name} names experts outside 0 to {experts - 1}")
         with torch.no_grad():
-            target.copy_(tensors[name])
+            target.copy_(tensor)
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -126,8 +135,11 @@ def shard_paths(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a checkpoint index: {error}") from None
+        foreign = [name for name in names if Path(str(name)).name != name]
+        if foreign:
+            raise CheckpointError(f"{index} points outside its folder: {_few(foreign)}")
     else:
         names = sorted(p.name for p in folder.glob("*.safetensors"))
     paths = [folder / name for name in names]
@@ -171,9 +183,7 @@ def stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(_ALWAYS_FLOAT32) else dtype
 
 
-def _write_shards(
-    tensors: dict[str, Tensor], config: DeepSeekV4Config, folder: Path, dtype: torch.dtype
-) -> None:
+def _write_shards(tensors: dict[str, Tensor], config: DeepSeekV4Config, folder: Path, dtype: torch.dtype) -> None:
     count = config.num_hidden_layers + 2 + config.num_nextn_predict_layers
     weight_map: dict[str, str] = {}
     total = 0
@@ -203,4 +213,4 @@ def _sync(path: Path) -> None:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"

@@ -26,6 +26,7 @@ class Stack:
 
     ours: str
     parts: tuple[str, ...]
+    part_shape: tuple[int, int]
     num_experts: int | None  # None: a single expert, no leading dim
 
     def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -40,7 +41,16 @@ class Stack:
                 yield name.format(expert=index)
 
     def join(self, published: Mapping[str, Tensor]) -> Tensor:
-        tensors = [published[name] for name in self.names()]
+        """Raises CheckpointError naming the first part that is missing or misshapen."""
+        names = list(self.names())
+        missing = [name for name in names if name not in published]
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} parts of {self.ours})")
+        tensors = [published[name] for name in names]
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.shape != self.part_shape:
+                found, expected = list(tensor.shape), list(self.part_shape)
+                raise CheckpointError(f"{name} has shape {found}, expected {expected}")
         count = len(self.parts)
         experts = [torch.cat(tensors[i : i + count], 0) for i in range(0, len(tensors), count)]
         return torch.stack(experts) if self.num_experts is not None else experts[0]
@@ -50,15 +60,17 @@ def stacks(config: DeepSeekV4Config) -> list[Stack]:
     """The operations of a model: everything not named here keeps its name and shape."""
     blocks = [f"layers.{i}" for i in range(config.num_hidden_layers)]
     blocks += [f"mtp.{i}" for i in range(config.num_nextn_predict_layers)]
+    d, f = config.hidden_size, config.moe_intermediate_size
+    up, down = (f, d), (d, f)
     result = []
     for block in blocks:
         routed, shared = f"{block}.ffn.experts", f"{block}.ffn.shared_experts"
         one = routed + ".{expert}"
         count = config.n_routed_experts
-        result.append(Stack(f"{routed}.gate_up", (f"{one}.w1.weight", f"{one}.w3.weight"), count))
-        result.append(Stack(f"{routed}.down", (f"{one}.w2.weight",), count))
-        result.append(Stack(f"{shared}.gate_up", (f"{shared}.w1.weight", f"{shared}.w3.weight"), None))
-        result.append(Stack(f"{shared}.down", (f"{shared}.w2.weight",), None))
+        result.append(Stack(f"{routed}.gate_up", (f"{one}.w1.weight", f"{one}.w3.weight"), up, count))
+        result.append(Stack(f"{routed}.down", (f"{one}.w2.weight",), down, count))
+        result.append(Stack(f"{shared}.gate_up", (f"{shared}.w1.weight", f"{shared}.w3.weight"), up, None))
+        result.append(Stack(f"{shared}.down", (f"{shared}.w2.weight",), down, None))
     return result
 
 
@@ -75,15 +87,11 @@ def to_published(tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> dic
 
 
 def from_published(tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> dict[str, Tensor]:
-    """Published tensors under our names; raises CheckpointError naming the first missing one."""
+    """Published tensors under our names; raises CheckpointError naming a missing or misshapen part."""
     remaining = {name: t for name, t in tensors.items() if not _IGNORED.match(name)}
     result: dict[str, Tensor] = {}
     for stack in stacks(config):
-        names = list(stack.names())
-        missing = [name for name in names if name not in remaining]
-        if missing:
-            raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} parts of {stack.ours})")
         result[stack.ours] = stack.join(remaining)
-        for name in names:
+        for name in stack.names():
             del remaining[name]
     return {**remaining, **result}
