@@ -44,9 +44,7 @@ class CpuOperations(ReferenceOperations):
         return CastLinear.apply(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return (
-            NormRotary.apply(x, weight, eps, None, None) if _compiled(x) else super().rms_norm(x, weight, eps)
-        )
+        return NormRotary.apply(x, weight, eps, None, None) if _compiled(x) else super().rms_norm(x, weight, eps)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return NormRotary.apply(x, None, None, cos, sin) if _compiled(x, cos) else super().rotary(x, cos, sin)
@@ -77,6 +75,13 @@ class CpuOperations(ReferenceOperations):
         if streams.shape[1] not in COMPILED_STREAMS or not _compiled(streams, post):
             return super().hyper_post(streams, y, post, comb)
         return HyperPost.apply(streams, y, post, comb)
+
+    def hyper_head(
+        self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+    ) -> Tensor:
+        if streams.shape[1] not in COMPILED_STREAMS or not _compiled(streams, fn):
+            return super().hyper_head(streams, fn, base, scale, eps, norm_eps)
+        return HyperHead.apply(streams, fn, base, scale, eps, norm_eps)
 
     def compress(
         self, values: Tensor, gates: Tensor, ape: Tensor, table: CompressionTable, overlap: bool
@@ -135,7 +140,7 @@ class CastLinear(torch.autograd.Function):
     """x @ weight^T in x's dtype; the cast weight is made again in backward rather than kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight.to(x.dtype))
 
@@ -154,7 +159,7 @@ class NormRotary(torch.autograd.Function):
     """RMSNorm (eps not None), then rotation (cos not None), over rows of the last dim."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, eps: float | None, cos: Tensor | None, sin: Tensor | None
     ) -> Tensor:
         x = x.contiguous()
@@ -201,7 +206,7 @@ class SwiGlu(torch.autograd.Function):
     """Clamped SwiGLU of rows [..., 2f]."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, limit: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate_up: Tensor, limit: float) -> Tensor:
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up)
         ctx.limit = limit
@@ -222,9 +227,7 @@ def swiglu_rows(gate_up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
     """scale[row] * swiglu(gate_up[row]); scale [rows] fp32 or None."""
     f = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], f)
-    call(
-        "swiglu_forward", gate_up, scale, out, out.numel() // f, f, float(limit), _threads(), dtype=out.dtype
-    )
+    call("swiglu_forward", gate_up, scale, out, out.numel() // f, f, float(limit), _threads(), dtype=out.dtype)
     return out
 
 
@@ -232,7 +235,7 @@ class HyperPre(torch.autograd.Function):
     """(input [T, d], post [T, n], comb [T, n, n])."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         streams: Tensor,
         fn: Tensor,
@@ -274,7 +277,7 @@ class HyperPost(torch.autograd.Function):
     """streams'[k] = post[k] y + sum_j comb[j, k] streams[j]."""
 
     @staticmethod
-    def forward(ctx: Any, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         streams, y, post, comb = (t.contiguous() for t in (streams, y, post, comb))
         tokens, n, d = streams.shape
         out = torch.empty_like(streams)
@@ -298,11 +301,42 @@ class HyperPost(torch.autograd.Function):
         return results
 
 
+class HyperHead(torch.autograd.Function):
+    """Streams [T, n, d] to [T, d]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, norm_eps: float
+    ) -> Tensor:
+        streams = streams.contiguous()
+        tokens, n, d = streams.shape
+        x, pre = streams.new_empty(tokens, d), torch.empty(tokens, n)
+        logits, rstd = torch.empty(tokens, n), torch.empty(tokens)
+        sizes = (tokens, d, float(eps), float(norm_eps), _threads(), n)
+        call("hyper_head_forward", streams, fn, base, scale, x, pre, logits, rstd, *sizes, dtype=streams.dtype)
+        ctx.save_for_backward(streams, fn, base, scale, pre, logits, rstd)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        streams, fn, base, scale, pre, logits, rstd = ctx.saved_tensors
+        tokens, n, d = streams.shape
+        threads = _threads()
+        dstreams = torch.empty_like(streams)
+        dfn, dbase = torch.zeros(threads, *fn.shape), torch.zeros(threads, *base.shape)
+        dscale = torch.zeros(threads, 1)
+        saved = (streams, fn, base, scale, pre, logits, rstd)
+        grads = (dx.contiguous(), dstreams, dfn, dbase, dscale)
+        call("hyper_head_backward", *saved, *grads, tokens, d, threads, n, dtype=streams.dtype)
+        return dstreams, dfn.sum(0), dbase.sum(0), dscale.sum(0), None, None
+
+
 class Compress(torch.autograd.Function):
     """Gated pooling of windows into entries [E, c], fp32."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, values: Tensor, gates: Tensor, ape: Tensor, table: CompressionTable, overlap: bool
     ) -> Tensor:
         values, gates = values.contiguous(), gates.contiguous()
@@ -330,7 +364,7 @@ class ExpertMixture(torch.autograd.Function):
     """Dropless experts: rows sorted by expert, one product per expert, sums back by token."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
     ) -> Tensor:
         tokens, top_k = chosen.shape
@@ -405,9 +439,7 @@ class CrossEntropy(torch.autograd.Function):
     """(sum of weighted losses, log_probs [T]); gradients are formed in forward, where the logits are."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         hidden = hidden.contiguous()
         total, vocabulary = hidden.shape[0], head.shape[0]
         needed = any(ctx.needs_input_grad[:2])

@@ -22,8 +22,9 @@ from fullweight.ops.native import call
 from fullweight.ops.reference import Compressed
 
 BLOCK = 32  # queries that share one window product
-CHUNK = 256  # queries whose scores exist at the same time
-SCORES = 1 << 21  # index products that exist at the same time
+CHUNK = 256  # fewest queries to a chunk, unless the row is shorter
+SCORES = 1 << 20  # scores that exist at the same time, when that allows a larger chunk
+INDEX_SCORES = 1 << 21  # index products that exist at the same time
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Chunk:
     start: int
     stop: int
     q: Tensor  # [Q, H, c]
-    keys: Tensor  # [blocks, before + BLOCK, c], overlapping views of the padded keys
+    keys: Tensor  # [blocks, before + BLOCK, c], blocks overlap
     entries: Tensor | None  # [e, c] shared by the chunk's queries, or [Q, k, c]
     first_entry: int
     low: Tensor | None
@@ -101,10 +102,12 @@ class Chunk:
 def chunked(q: Tensor, kv: Tensor, geometry: Geometry, compressed: Compressed | None) -> Iterator[Chunk]:
     """The chunks of padded q [P, H, c] over padded kv [before + P, c]."""
     width = geometry.before + BLOCK
-    for a in range(0, geometry.padded, CHUNK):
-        b = min(a + CHUNK, geometry.padded)
+    size = _chunk_size(q.shape[1], width, compressed)
+    for a in range(0, geometry.padded, size):
+        b = min(a + size, geometry.padded)
         shape, stride = ((b - a) // BLOCK, width, kv.shape[1]), (BLOCK * kv.shape[1], kv.shape[1], 1)
-        keys = kv.as_strided(shape, stride, a * kv.shape[1])
+        # products would each make their own copy of overlapping blocks
+        keys = kv.as_strided(shape, stride, a * kv.shape[1]).contiguous()
         entries, first, low, high = None, 0, None, None
         if compressed is not None:
             assert geometry.entry_low is not None
@@ -123,6 +126,13 @@ def chunked(q: Tensor, kv: Tensor, geometry: Geometry, compressed: Compressed | 
         yield Chunk(a, b, q[a:b], keys, entries, first, low, high)
 
 
+def _chunk_size(heads: int, width: int, compressed: Compressed | None) -> int:
+    """Queries per chunk, a multiple of BLOCK: enough arithmetic per call, scores that stay in cache."""
+    if compressed is not None and compressed.selected is not None:
+        width += compressed.selected.shape[1]
+    return max(CHUNK, SCORES // (heads * width) // BLOCK * BLOCK)
+
+
 def entry_span(table: CompressionTable, a: int, b: int) -> tuple[int, int]:
     """Entries that any token of [a, b) sees, as one contiguous range (both bounds grow with the token)."""
     last = min(b, table.entry_begin.shape[0]) - 1
@@ -139,7 +149,7 @@ class Attend(torch.autograd.Function):
     """(out [T, H, c], lse [T, H], mass [T, k] or empty)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         kv: Tensor,
@@ -214,8 +224,8 @@ class Attend(torch.autograd.Function):
             do = grad_padded[a:b]
             common = (lse[a:b], delta[a:b], b - a, heads, float(width**-0.5), threads)
             probs, dscores = chunk.window_scores(chunk.q), chunk.window_scores(do)
-            ranges = (probs.shape[-1], geometry.window_low[a:b], geometry.window_high[a:b])
-            call("softmax_backward", probs, dscores, *ranges, *common, dtype=q.dtype)
+            low, high = geometry.window_low[a:b], geometry.window_high[a:b]
+            call("softmax_backward", probs, dscores, probs.shape[-1], low, high, *common, dtype=q.dtype)
             _add_window(dkv, chunk, dscores, probs, do, geometry.before)
             entry_probs, entry_dscores = chunk.entry_scores(chunk.q), chunk.entry_scores(do)
             if entry_probs is not None and entry_dscores is not None and dentries is not None:
@@ -270,14 +280,10 @@ def _add_entries(
 def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
     """out[index] += rows for index >= 0; out [E, c] fp32, index [..., k], rows [..., k, c]."""
     count, width = index.numel(), out.shape[1]
-    call(
-        "scatter_add", rows, index.contiguous(), out, count, width, torch.get_num_threads(), dtype=rows.dtype
-    )
+    call("scatter_add", rows, index.contiguous(), out, count, width, torch.get_num_threads(), dtype=rows.dtype)
 
 
-def select_entries(
-    queries: Tensor, keys: Tensor, weights: Tensor, table: CompressionTable, topk: int
-) -> Tensor:
+def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: CompressionTable, topk: int) -> Tensor:
     """As the reference's; index products exist for a few queries at a time and scores never in memory."""
     total, heads, width = queries.shape
     k = min(topk, keys.shape[0])
@@ -288,7 +294,7 @@ def select_entries(
     a = 0
     while a < total:
         reach = max(int(table.entry_end[min(a + CHUNK, total) - 1]) - int(table.entry_begin[a]), 1)
-        b = min(a + max(BLOCK, min(CHUNK, SCORES // (heads * reach))), total)
+        b = min(a + max(BLOCK, min(CHUNK, INDEX_SCORES // (heads * reach))), total)
         first, last = entry_span(table, a, b)
         products = queries[a:b].reshape(-1, width) @ keys[first:last].T
         low, high = ((x[a:b] - first).to(torch.int32) for x in (table.entry_begin, table.entry_end))
@@ -302,7 +308,7 @@ class IndexLoss(torch.autograd.Function):
     """Sum of KL over the selected entries; its gradients are formed in forward, where the products are."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         queries: Tensor,
         keys: Tensor,

@@ -287,12 +287,13 @@ void row_softmax(vf* m) {
   }
 }
 
-// logits [T, (2+N)N] (saved), rstd [T], x [T, d], post [T, N], comb [T, N, N], pre [T, N].
-template <class T, int N>
+// logits [T, M] (saved), rstd [T], x [T, d], pre [T, N], post [T, N], comb [T, N, N]; M = (2+N)N. HEAD collapses
+// the streams for good: M = N, and there is no post or comb.
+template <class T, int N, bool HEAD>
 void hyper_pre_forward(const T* streams, const float* fn, const float* base, const float* scale, T* x,
                        float* post, float* comb, float* pre, float* logits, float* rstd, int64_t tokens,
                        int64_t d, int64_t iters, float eps, float norm_eps, int threads) {
-  constexpr int M = (2 + N) * N;
+  constexpr int M = HEAD ? N : (2 + N) * N;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < (tokens + L - 1) / L; block++) {
     const int64_t t0 = block * L, count = std::min<int64_t>(L, tokens - t0);
@@ -303,16 +304,21 @@ void hyper_pre_forward(const T* streams, const float* fn, const float* base, con
       for (int64_t i = 0; i < count; i++) z[o][i] = logits[(t0 + i) * M + o];
     for (int i = 0; i < N; i++) {
       vf a = logistic(z[i] * scale[0] + base[i]) + eps;
-      vf b = 2.0f * logistic(z[N + i] * scale[1] + base[N + i]);
-      for (int64_t t = 0; t < count; t++) { pre[(t0 + t) * N + i] = a[t]; post[(t0 + t) * N + i] = b[t]; }
+      for (int64_t t = 0; t < count; t++) pre[(t0 + t) * N + i] = a[t];
     }
-    vf m[N * N];
-    for (int i = 0; i < N * N; i++) m[i] = z[2 * N + i] * scale[2] + base[2 * N + i];
-    row_softmax<N>(m);
-    for (int i = 0; i < N * N; i++) m[i] += eps;
-    sinkhorn<N>(m, iters, eps, nullptr);
-    for (int i = 0; i < N * N; i++)
-      for (int64_t t = 0; t < count; t++) comb[(t0 + t) * N * N + i] = m[i][t];
+    if constexpr (!HEAD) {
+      for (int i = 0; i < N; i++) {
+        vf b = 2.0f * logistic(z[N + i] * scale[1] + base[N + i]);
+        for (int64_t t = 0; t < count; t++) post[(t0 + t) * N + i] = b[t];
+      }
+      vf m[N * N];
+      for (int i = 0; i < N * N; i++) m[i] = z[2 * N + i] * scale[2] + base[2 * N + i];
+      row_softmax<N>(m);
+      for (int i = 0; i < N * N; i++) m[i] += eps;
+      sinkhorn<N>(m, iters, eps, nullptr);
+      for (int i = 0; i < N * N; i++)
+        for (int64_t t = 0; t < count; t++) comb[(t0 + t) * N * N + i] = m[i][t];
+    }
     for (int64_t t = t0; t < t0 + count; t++)
       for (int64_t k = 0; k < d; k += L) {
         vf s = {};
@@ -322,19 +328,43 @@ void hyper_pre_forward(const T* streams, const float* fn, const float* base, con
   }
 }
 
-// dstreams [T, N, d]; dfn [threads, M, N*d], dbase [threads, M], dscale [threads, 3] zeroed by caller.
-template <class T, int N>
+// dz of the comb logits (before scale) from dcomb: back through Sinkhorn and the row softmax, sixteen tokens.
+template <int N>
+void sinkhorn_backward(vf* m, vf* g, int64_t iters, float eps, vf* trace, vf* dz) {
+  constexpr int S = N * N + N;
+  vf soft[N * N];
+  row_softmax<N>(m);
+  std::copy(m, m + N * N, soft);
+  for (int i = 0; i < N * N; i++) m[i] += eps;
+  sinkhorn<N>(m, iters, eps, trace);
+  for (int64_t step = 2 * iters - 2; step >= 0; step--) {  // 2*iters-1 normalisations, the even ones of columns
+    const vf *state = trace + step * S, *inverse = state + N * N;
+    for (int a = 0; a < N; a++) {
+      vf dot = {};
+      for (int b = 0; b < N; b++) { int i = step % 2 ? a * N + b : b * N + a; dot += g[i] * state[i]; }
+      for (int b = 0; b < N; b++) { int i = step % 2 ? a * N + b : b * N + a; g[i] = (g[i] - dot) * inverse[a]; }
+    }
+  }
+  for (int j = 0; j < N; j++) {
+    vf dot = {};
+    for (int k = 0; k < N; k++) dot += g[j * N + k] * soft[j * N + k];
+    for (int k = 0; k < N; k++) dz[j * N + k] = soft[j * N + k] * (g[j * N + k] - dot);
+  }
+}
+
+// dstreams [T, N, d]; dfn [threads, M, N*d], dbase [threads, M], dscale [threads, 3 or 1] zeroed by the caller.
+template <class T, int N, bool HEAD>
 void hyper_pre_backward(const T* streams, const float* fn, const float* base, const float* scale,
                         const float* pre, const float* logits, const float* rstd, const T* dx,
                         const float* dpost, const float* dcomb, T* dstreams, float* dfn, float* dbase,
                         float* dscale, int64_t tokens, int64_t d, int64_t iters, float eps, int threads) {
-  constexpr int M = (2 + N) * N, S = N * N + N;
+  constexpr int M = HEAD ? N : (2 + N) * N, SCALES = HEAD ? 1 : 3;
   const int64_t width = N * d;
 #pragma omp parallel num_threads(threads)
   {
     const int me = omp_get_thread_num();
-    float *my_fn = dfn + me * M * width, *my_base = dbase + me * M, *my_scale = dscale + me * 3;
-    std::vector<vf> trace((2 * iters) * S);
+    float *my_fn = dfn + me * M * width, *my_base = dbase + me * M, *my_scale = dscale + me * SCALES;
+    std::vector<vf> trace(HEAD ? 0 : 2 * iters * (N * N + N));
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < (tokens + L - 1) / L; block++) {
       const int64_t t0 = block * L, count = std::min<int64_t>(L, tokens - t0);
@@ -342,41 +372,30 @@ void hyper_pre_backward(const T* streams, const float* fn, const float* base, co
       for (int o = 0; o < M; o++)
         for (int64_t i = 0; i < count; i++) z[o][i] = logits[(t0 + i) * M + o];
       for (int i = 0; i < N; i++) {
-        vf a = logistic(z[i] * scale[0] + base[i]), b = logistic(z[N + i] * scale[1] + base[N + i]);
-        vf da = {}, db = {};
+        vf a = logistic(z[i] * scale[0] + base[i]), da = {};
         for (int64_t t = 0; t < count; t++) {
           vf dot = {};
           for (int64_t k = 0; k < d; k += L)
             dot += get(dx + (t0 + t) * d, k, d) * get(streams + ((t0 + t) * N + i) * d, k, d);
           da[t] = sum(dot);
-          db[t] = dpost[(t0 + t) * N + i];
         }
         dz[i] = da * a * (1.0f - a);
-        dz[N + i] = 2.0f * db * b * (1.0f - b);
       }
-      vf m[N * N], soft[N * N], g[N * N] = {};
-      for (int i = 0; i < N * N; i++) m[i] = z[2 * N + i] * scale[2] + base[2 * N + i];
-      row_softmax<N>(m);
-      std::copy(m, m + N * N, soft);
-      for (int i = 0; i < N * N; i++) m[i] += eps;
-      sinkhorn<N>(m, iters, eps, trace.data());
-      for (int i = 0; i < N * N; i++)
-        for (int64_t t = 0; t < count; t++) g[i][t] = dcomb[(t0 + t) * N * N + i];
-      for (int64_t step = 2 * iters - 2; step >= 0; step--) {  // 2*iters-1 normalisations, the even ones columns
-        const vf *state = trace.data() + step * S, *inverse = state + N * N;
-        for (int a = 0; a < N; a++) {
-          vf dot = {};
-          for (int b = 0; b < N; b++) { int i = step % 2 ? a * N + b : b * N + a; dot += g[i] * state[i]; }
-          for (int b = 0; b < N; b++) { int i = step % 2 ? a * N + b : b * N + a; g[i] = (g[i] - dot) * inverse[a]; }
+      if constexpr (!HEAD) {
+        for (int i = 0; i < N; i++) {
+          vf b = logistic(z[N + i] * scale[1] + base[N + i]), db = {};
+          for (int64_t t = 0; t < count; t++) db[t] = dpost[(t0 + t) * N + i];
+          dz[N + i] = 2.0f * db * b * (1.0f - b);
         }
-      }
-      for (int j = 0; j < N; j++) {
-        vf dot = {};
-        for (int k = 0; k < N; k++) dot += g[j * N + k] * soft[j * N + k];
-        for (int k = 0; k < N; k++) dz[2 * N + j * N + k] = soft[j * N + k] * (g[j * N + k] - dot);
+        vf m[N * N], g[N * N] = {};
+        for (int i = 0; i < N * N; i++) {
+          m[i] = z[2 * N + i] * scale[2] + base[2 * N + i];
+          for (int64_t t = 0; t < count; t++) g[i][t] = dcomb[(t0 + t) * N * N + i];
+        }
+        sinkhorn_backward<N>(m, g, iters, eps, trace.data(), dz + 2 * N);
       }
       for (int o = 0; o < M; o++) {  // dz is d(scale * z + base) so far
-        const int which = o < N ? 0 : o < 2 * N ? 1 : 2;
+        const int which = HEAD || o < N ? 0 : o < 2 * N ? 1 : 2;
         for (int64_t t = count; t < L; t++) dz[o][t] = 0;
         my_base[o] += sum(dz[o]);
         my_scale[which] += sum(dz[o] * z[o]);
@@ -877,16 +896,29 @@ extern "C" void compress_backward_f(float* d, float* v, float* g, float* ape, in
                                              float* comb, float* pre, float* logits, float* rstd,            \
                                              int64_t tokens, int64_t d, int64_t iters, float eps,            \
                                              float norm_eps, int threads, int n) {                           \
-    STREAMS((hyper_pre_forward<T, N>(s, fn, base, scale, x, post, comb, pre, logits, rstd, tokens, d, iters, \
+    STREAMS((hyper_pre_forward<T, N, false>(s, fn, base, scale, x, post, comb, pre, logits, rstd, tokens, d, iters, \
                                      eps, norm_eps, threads)))                                               \
   }                                                                                                          \
   extern "C" void hyper_pre_backward_##suffix(T* s, float* fn, float* base, float* scale, float* pre,        \
                                               float* logits, float* rstd, T* dx, float* dpost, float* dcomb, \
                                               T* ds, float* dfn, float* dbase, float* dscale, int64_t tokens,\
                                               int64_t d, int64_t iters, float eps, int threads, int n) {     \
-    STREAMS((hyper_pre_backward<T, N>(s, fn, base, scale, pre, logits, rstd, dx, dpost, dcomb, ds, dfn,      \
+    STREAMS((hyper_pre_backward<T, N, false>(s, fn, base, scale, pre, logits, rstd, dx, dpost, dcomb, ds, dfn,      \
                                       dbase, dscale, tokens, d, iters, eps, threads)))                       \
   }                                                                                                          \
+  extern "C" void hyper_head_forward_##suffix(T* s, float* fn, float* base, float* scale, T* x, float* pre,    \
+                                              float* logits, float* rstd, int64_t tokens, int64_t d, float eps, \
+                                              float norm_eps, int threads, int n) {                            \
+    STREAMS((hyper_pre_forward<T, N, true>(s, fn, base, scale, x, nullptr, nullptr, pre, logits, rstd, tokens, \
+                                           d, 0, eps, norm_eps, threads)))                                     \
+  }                                                                                                            \
+  extern "C" void hyper_head_backward_##suffix(T* s, float* fn, float* base, float* scale, float* pre,         \
+                                               float* logits, float* rstd, T* dx, T* ds, float* dfn,           \
+                                               float* dbase, float* dscale, int64_t tokens, int64_t d,         \
+                                               int threads, int n) {                                           \
+    STREAMS((hyper_pre_backward<T, N, true>(s, fn, base, scale, pre, logits, rstd, dx, nullptr, nullptr, ds,   \
+                                            dfn, dbase, dscale, tokens, d, 0, 0.0f, threads)))                 \
+  }                                                                                                            \
   extern "C" void hyper_post_forward_##suffix(T* s, T* y, float* post, float* comb, T* out, int64_t tokens,  \
                                               int64_t d, int threads, int n) {                               \
     STREAMS((hyper_post_forward<T, N>(s, y, post, comb, out, tokens, d, threads)))                           \

@@ -55,9 +55,7 @@ def kernels() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise OperationError(
-            f"{library} does not load ({error}); delete it to have it compiled anew"
-        ) from None
+        raise OperationError(f"{library} does not load ({error}); delete it to have it compiled anew") from None
 
 
 def call(name: str, *arguments: Tensor | int | float | None, dtype: torch.dtype = torch.float32) -> None:
@@ -109,9 +107,7 @@ def _loaded_openmp() -> str | None:
     if not maps.exists():
         return None
     paths = {line.split()[-1] for line in maps.read_text(encoding="utf-8").splitlines() if "/" in line}
-    return next(
-        (path for path in sorted(paths) if "gomp" in Path(path).name or "iomp" in Path(path).name), None
-    )
+    return next((path for path in sorted(paths) if "gomp" in Path(path).name or "iomp" in Path(path).name), None)
 
 
 def keep_freed_memory() -> bool:
@@ -126,4 +122,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     settings = ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20))
-    return all([mallopt(option, value) for option, value in settings])
+    return min(mallopt(option, value) for option, value in settings) == 1

@@ -314,9 +314,7 @@ class ReferenceOperations:
                 scores = torch.einsum("thc,tsc->ths", q[a:b], every).to(lse.dtype) * q.shape[-1] ** -0.5
                 mass = torch.exp(scores - lse[a:b, :, None]).sum(1).masked_fill(~seen, 0.0)
 
-            def chunk_loss(
-                queries: Tensor, keys: Tensor, weights: Tensor, mass: Tensor, seen: Tensor
-            ) -> Tensor:
+            def chunk_loss(queries: Tensor, keys: Tensor, weights: Tensor, mass: Tensor, seen: Tensor) -> Tensor:
                 return kl_divergence(mass, self.index_scores(queries, keys, weights), seen)
 
             total = total + recomputed(chunk_loss, queries[a:b], keys, weights[a:b], mass, seen)
