@@ -79,7 +79,7 @@ def facts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> lis
         ("tokens per second", f"{median(s['tokens_per_second'] for s in typical):,.0f} (median)"),
         ("MFU", f"{median(s['mfu'] for s in typical):.1%} (median; {last['mfu_convention']})"),
         ("peak that 100 % stands for", _peak(last["peak"])),
-        ("training loss", f"{steps[0]['loss']['lm']:.4f} to {last['loss']['lm']:.4f} (next token)"),
+        ("training loss", f"{_number(steps[0]['loss']['lm'])} to {_number(last['loss']['lm'])} (next token)"),
         ("routing", last["routing"]),
         ("experts", f"load max/mean {last['experts']['max_over_mean']:.2f}, dead {last['experts']['dead']}"),
         ("steps refused (non-finite)", str(sum(s["skipped"] is not None for s in steps))),
@@ -176,6 +176,11 @@ def _comparisons(root: Path) -> list[dict[str, Any]]:
 
 def _peak(peak: dict[str, Any]) -> str:
     return f"{peak['flops_per_second'] / 1e9:,.0f} GFLOP/s ({peak['source']})"
+
+
+def _number(value: float | str) -> str:
+    """A refused step's loss is recorded as the name of what it was."""
+    return value if isinstance(value, str) else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

@@ -167,8 +167,8 @@ def _global_counts(
         ids = [i for b in batches for i in b.sample_ids][:3]
         raise TrainingError(
             f"no token of this step is to be learnt (samples {', '.join(ids) or 'without ids'}, ...); "
-            "expected at least one with loss: check the roles and per-message opt-outs, or raise data.row_tokens if "
-            "answers were truncated away"
+            "expected at least one with loss: check the roles and per-message opt-outs, or raise "
+            "data.row_tokens if answers were truncated away"
         )
     return counts, (int(reduced[-2]), int(reduced[-1]))
 

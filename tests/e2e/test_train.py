@@ -1,0 +1,176 @@
+"""A whole run from the command line: what it leaves, and that resuming it is exact."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.e2e.conftest import ROOT, SMOKE, Command, ledger
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fullweight as package
+from fullweight.checkpoint import store
+
+SHORT = ["--set", "train.num_steps=6", "--set", "train.precision=fp32", "--set", "eval.num_samples=2"]
+SHORT += ["--set", "eval.every=3", "--set", "checkpoint.every=3", "--set", "eval.max_new_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, fullweight: Command) -> Path:
+    """One uninterrupted run with Muon."""
+    run = tmp_path_factory.mktemp("runs") / "muon"
+    fullweight("train", SMOKE, *SHORT, "--output", run)
+    return run
+
+
+def test_the_run_folder_is_complete(finished: Path) -> None:
+    """Everything that section 4 of the run folder's documentation names is there."""
+    names = {p.name for p in finished.iterdir()}
+    expected = {"config.json", "model.json", "environment.json", "ledger.jsonl", "tokenizer", "checkpoints"}
+    assert names == expected | {"samples", "plots", "export", "summary.html"}
+    assert [s for s, _ in store.completed(finished / "checkpoints")] == [3, 6]
+    assert sorted(p.name for p in (finished / "samples").iterdir()) == [
+        "step-0.json",
+        "step-3.json",
+        "step-6.json",
+    ]
+
+
+def test_every_step_is_recorded_in_full(finished: Path) -> None:
+    """Each line has all components, time by phase and its conventions; held-out loss falls."""
+    steps = ledger(finished)
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert set(line["loss"]) == {"lm", "mtp", "indexer", "balance"}
+        assert set(line["seconds"]) == {"data", "forward", "backward", "optimizer", "total"}
+        assert line["routing"] == "natural"
+        assert line["tokens"]["real"] + line["tokens"]["padding"] == 512
+        assert line["mfu_convention"]
+        assert line["peak"]["source"]
+    losses = [e["loss"]["lm"] for e in ledger(finished, "eval")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_transformers_loads_the_export_and_agrees(finished: Path) -> None:
+    """Same logits in fp32 from the published names, and the same tokens from the saved tokenizer."""
+    export = finished / "export"
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    ids = tokenizer("Sue buys 6 wheels at 3 each.", add_special_tokens=False)["input_ids"] * 4
+    reference = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids]), use_cache=False).logits[0]
+    [found] = package.load(export).logits([ids])
+    assert (found - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resuming_in_a_fresh_process_is_bit_exact(
+    optimizer: str, finished: Path, tmp_path: Path, fullweight: Command
+) -> None:
+    """A run that died after step 3 ends with the bits of one that did not: numbers, weights and moments."""
+    whole = finished
+    if optimizer == "adamw":
+        whole = tmp_path / "whole"
+        fullweight("train", SMOKE, *SHORT, "--set", "optimizer.name=adamw", "--output", whole)
+    died = tmp_path / "died"
+    shutil.copytree(whole, died)
+    shutil.rmtree(died / "checkpoints" / "step-6")
+    shutil.rmtree(died / "export")
+    with (died / "ledger.jsonl").open("a") as stream:
+        stream.write('{"kind":"step","st')
+    fullweight("resume", died)
+
+    for kind, keys in (("step", ("step", "loss", "grad_norm", "tokens", "experts")), ("eval", ("loss", "score"))):
+        one, other = ([{k: e[k] for k in keys} for e in ledger(r, kind)] for r in (whole, died))
+        assert one == other
+    assert ledger(died, "event")[-1]["dropped_steps"] == 3
+    for part in ("export", "checkpoints/step-6"):
+        for path in (whole / part).glob("*"):
+            if path.suffix in (".distcp", ".safetensors"):
+                assert path.read_bytes() == (died / part / path.name).read_bytes(), path.name
+
+
+def test_interrupting_saves_and_says_how_to_go_on(tmp_path: Path, fullweight: Command) -> None:
+    """SIGINT mid-run: exit status 130, a checkpoint of the last finished step, and resume continues there."""
+    run = tmp_path / "run"
+    arguments = ["train", SMOKE, *SHORT, "--set", "train.num_steps=400", "--set", "eval.every=400"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fullweight", *map(str, arguments), "--output", str(run)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 240
+    while not (run / "ledger.jsonl").is_file() or len(ledger_lines(run)) < 4:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert f"fullweight resume {run}" in output
+    assert "Traceback" not in output
+    step, _ = store.completed(run / "checkpoints")[-1]
+    assert step == ledger(run)[-1]["step"]
+
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["num_steps"] = step + 1
+    (run / "config.json").write_text(json.dumps(config))
+    fullweight("resume", run)
+    assert [s["step"] for s in ledger(run)] == list(range(1, step + 2))
+
+
+def ledger_lines(run: Path) -> list[str]:
+    return (run / "ledger.jsonl").read_text().splitlines()
+
+
+def test_generate_answers_from_a_run_a_checkpoint_and_an_export(
+    finished: Path, tmp_path: Path, fullweight: Command
+) -> None:
+    """The three folders that hold the weights give text; a run without export uses its newest checkpoint."""
+    ask = ["--prompt", "Sue buys 6 wheels at 3 each. What is the total?", "--max-new-tokens", "4"]
+    whole = fullweight("generate", finished, *ask).stdout
+    assert whole == fullweight("generate", finished / "export", *ask).stdout
+    unfinished = tmp_path / "run"
+    shutil.copytree(finished, unfinished, ignore=shutil.ignore_patterns("export"))
+    fullweight("generate", unfinished, *ask)
+
+
+def test_init_writes_a_checkpoint_that_a_run_can_start_from(
+    finished: Path, tmp_path: Path, fullweight: Command
+) -> None:
+    """`init` then training from that folder: same seed, same bytes; the run starts from those weights."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        fullweight(
+            "init", "--config", finished / "model.json", "--out", folder, "--seed", "3", "--dtype", "float32"
+        )
+    for path in folders[0].glob("*.safetensors"):
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
+    values = SMOKE.read_text().replace('preset = "tiny"', f'checkpoint = "{folders[0]}"')
+    values = values.replace("[tokenizer]\nvocab_size = 448\nnum_samples = 300\n", "")
+    values = values.replace("[data]", f'[data]\ntokenizer = "{finished / "tokenizer"}"')
+    recipe = tmp_path / "from_checkpoint.toml"
+    recipe.write_text(values)
+    fullweight(
+        "train",
+        recipe,
+        *SHORT,
+        "--set",
+        "train.num_steps=1",
+        "--set",
+        "schedule.warmup_steps=1",
+        "--output",
+        tmp_path / "run",
+    )
+    assert len(ledger(tmp_path / "run")) == 1

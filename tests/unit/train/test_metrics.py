@@ -1,0 +1,57 @@
+"""What the ledger's figures mean."""
+
+import pytest
+import torch
+
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.flops import training_flops
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.metrics import Peak, expert_load, measure_peak, step_record
+from fullweight.train.step import StepResult
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_expert_load_is_of_the_worst_layer() -> None:
+    """Layer 0 is even; in layer 1 one of four experts takes half of 8 tokens (2x the mean), one takes none."""
+    load = expert_load(torch.tensor([[2, 2, 2, 2], [4, 3, 1, 0]]))
+    assert load.max_over_mean == pytest.approx(2.0)
+    assert (load.dead, load.num_experts) == (1, 8)
+
+
+def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
+    """Padding is in neither tokens/s nor FLOPs, and all phases are in the time."""
+    config = DeepSeekV4Config.preset("tiny")
+    lengths = (100, 57)
+    result = StepResult(
+        losses={"lm": 2.0},
+        total_loss=2.0,
+        counts={"lm": 50.0},
+        grad_norm=1.0,
+        num_tokens=157,
+        num_padding=99,
+        num_trained=50.0,
+        document_lengths=lengths,
+        expert_counts=torch.ones(5, 8, dtype=torch.int64),
+        num_unseen_embeddings=3,
+        without_gradient=(),
+        refusal=None,
+    )
+    seconds = {"data": 0.5, "forward": 0.5, "backward": 0.75, "optimizer": 0.25}
+    record = step_record(
+        result, config=config, learning_rate=1e-3, seconds=seconds, peak=Peak(1e9, "given"), ranks=ALONE
+    )
+    flops = training_flops(config, lengths, mtp=True).total
+    assert record["tokens_per_second"] == pytest.approx(157 / 2)
+    assert record["mfu"] == pytest.approx(flops / 2 / 1e9)
+    assert record["seconds"]["total"] == pytest.approx(2.0)
+    assert record["routing"] == "natural"
+    assert record["peak"] == {"flops_per_second": 1e9, "source": "given"}
+    assert "no padding" in record["mfu_convention"]
+
+
+def test_the_measured_peak_says_how_it_was_measured() -> None:
+    """A peak without its method is no denominator."""
+    peak = measure_peak(ALONE, seconds=0.02, size=128)
+    assert peak.flops_per_second > 1e6
+    assert "bf16 matmul 128" in peak.source
