@@ -43,6 +43,12 @@ class CpuOperations(ReferenceOperations):
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return CastLinear.apply(x, weight)
 
+    def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return WideLinear.apply(x, weight)
+
+    def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return GroupedLinear.apply(x, weight)
+
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return NormRotary.apply(x, weight, eps, None, None) if _compiled(x) else super().rms_norm(x, weight, eps)
 
@@ -104,14 +110,15 @@ class CpuOperations(ReferenceOperations):
         sink: Tensor,
         layout: PackedLayout,
         window: int,
+        turn: tuple[Tensor, Tensor],
         compressed: Compressed | None = None,
     ) -> AttentionOutput:
         if not _compiled(q):
-            return super().attention(q, kv, sink, layout, window, compressed)
+            return super().attention(q, kv, sink, layout, window, turn, compressed)
         entries, table, selected = None, None, None
         if compressed is not None:
             entries, table, selected = compressed.entries, compressed.table, compressed.selected
-        out, lse, mass = Attend.apply(q, kv, sink, entries, layout, window, table, selected)
+        out, lse, mass = Attend.apply(q, kv, sink, entries, layout, window, turn, table, selected)
         return AttentionOutput(out, lse, mass if selected is not None else None)
 
     def indexer_loss(
@@ -155,6 +162,48 @@ class CastLinear(torch.autograd.Function):
         return dx, dweight
 
 
+class WideLinear(torch.autograd.Function):
+    """x @ weight^T in weight's dtype; only the narrow x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        dx = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, grad.T @ x.to(grad.dtype)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """Block-diagonal projection of x [T, g, in] by weight [g * out, in]; one product per group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        blocks = weight.to(x.dtype).view(x.shape[1], -1, x.shape[2])
+        out = x.new_empty(x.shape[0], blocks.shape[0], blocks.shape[1])
+        for group, block in enumerate(blocks):
+            out[:, group] = x[:, group] @ block.T
+        return out.flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        groups = x.shape[1]
+        blocks, grad = weight.to(x.dtype).view(groups, -1, x.shape[2]), grad.view(x.shape[0], groups, -1)
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        into = dweight.view(groups, -1, x.shape[2])
+        for group, block in enumerate(blocks):
+            dx[:, group] = grad[:, group] @ block
+            into[group] = grad[:, group].T @ x[:, group]
+        return dx, dweight
+
+
 class NormRotary(torch.autograd.Function):
     """RMSNorm (eps not None), then rotation (cos not None), over rows of the last dim."""
 
@@ -186,19 +235,23 @@ class NormRotary(torch.autograd.Function):
             _threads(),
             dtype=x.dtype,
         )
-        ctx.save_for_backward(x if eps is not None else None, weight, cos, sin, rstd)
+        # without a weight the output alone gives back the normed row, and its reader keeps it anyway
+        ctx.from_output = weight is None
+        saved = None if eps is None else out if ctx.from_output else x
+        ctx.save_for_backward(saved, weight, cos, sin, rstd)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin, rstd = ctx.saved_tensors
+        saved, weight, cos, sin, rstd = ctx.saved_tensors
         grad = grad.contiguous()
         dx = torch.empty_like(grad)
         wide = weight.detach().float().contiguous() if weight is not None else None
         dweight = torch.zeros(_threads(), ctx.sizes[1]) if weight is not None else None
-        inputs = (grad, x if x is not None else grad, wide, cos, sin, rstd)
-        call("norm_rotary_backward", *inputs, dx, dweight, *ctx.sizes, _threads(), dtype=grad.dtype)
+        inputs = (grad, saved, wide, cos, sin, rstd)
+        sizes = (*ctx.sizes, int(ctx.from_output), _threads())
+        call("norm_rotary_backward", *inputs, dx, dweight, *sizes, dtype=grad.dtype)
         return dx, dweight.sum(0).to(weight.dtype) if dweight is not None else None, None, None, None
 
 

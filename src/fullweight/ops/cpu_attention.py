@@ -146,7 +146,7 @@ def _selected_rows(selected: Tensor, a: int, b: int) -> Tensor:
 
 
 class Attend(torch.autograd.Function):
-    """(out [T, H, c], lse [T, H], mass [T, k] or empty)."""
+    """(out [T, H, c] rotated back by `turn`, lse [T, H], mass [T, k] or empty)."""
 
     @staticmethod
     def forward(
@@ -157,6 +157,7 @@ class Attend(torch.autograd.Function):
         entries: Tensor | None,
         layout: PackedLayout,
         window: int,
+        turn: tuple[Tensor, Tensor],
         table: CompressionTable | None,
         selected: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,16 +196,19 @@ class Attend(torch.autograd.Function):
                 dtype=q.dtype,
             )
             out[a:b] = chunk.weighted(in_window, in_entries)
-        ctx.save_for_backward(q, kv, sink, entries, selected, out, lse)
+        cos, sin = turn
+        out, lse = out[:total], lse[:total]
+        _rotate(out, cos, -sin, into=out)
+        ctx.save_for_backward(q, kv, sink, entries, selected, out, lse, cos, sin)
         ctx.layout, ctx.window, ctx.table = layout, window, table
-        result = out[:total], lse[:total], mass[:total]
+        result = out, lse, mass[:total]
         ctx.mark_non_differentiable(result[1], result[2])
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _lse: Tensor, _mass: Tensor) -> tuple[Tensor | None, ...]:
-        q, kv, sink, entries, selected, out, lse = ctx.saved_tensors
+        q, kv, sink, entries, selected, out, lse, cos, sin = ctx.saved_tensors
         compressed = _compressed(entries, ctx.table, selected)
         geometry = Geometry.of(ctx.layout, ctx.window, compressed)
         total, heads, width = q.shape
@@ -213,9 +217,12 @@ class Attend(torch.autograd.Function):
             _pad_rows(q, 0, geometry.padded),
             _pad_rows(kv, geometry.before, geometry.padded),
         )
-        grad_padded = _pad_rows(grad, 0, geometry.padded)
-        delta = torch.empty(geometry.padded, heads)
-        call("row_dot", grad_padded, out, delta, delta.numel(), width, threads, dtype=q.dtype)
+        grad = grad.contiguous()
+        # a rotation leaves the product of gradient and output as it is
+        delta = torch.empty(total, heads)
+        call("row_dot", grad, out, delta, delta.numel(), width, threads, dtype=q.dtype)
+        grad_padded = _pad_rows(_rotate(grad, cos, sin, into=torch.empty_like(grad)), 0, geometry.padded)
+        delta, lse = _pad_rows(delta, 0, geometry.padded), _pad_rows(lse, 0, geometry.padded)
         dq = torch.empty_like(q_padded)
         dkv = torch.zeros(geometry.before + geometry.padded, kv.shape[1])
         dentries = torch.zeros(entries.shape) if entries is not None else None
@@ -236,7 +243,14 @@ class Attend(torch.autograd.Function):
         dsink = -(torch.exp(sink.float() - lse[:total]) * delta[:total]).sum(0).to(sink.dtype)
         dkv = dkv[geometry.before : geometry.before + total].to(kv.dtype)
         dentries = dentries.to(entries.dtype) if dentries is not None else None
-        return dq[:total], dkv, dsink, dentries, None, None, None, None
+        return dq[:total], dkv, dsink, dentries, None, None, None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor) -> Tensor:
+    """Rotate the trailing channels of x [T, H, c]; `into` may be x."""
+    sizes = (x.numel() // x.shape[-1], x.shape[-1], x.shape[1], cos.shape[-1], 0.0, torch.get_num_threads())
+    call("norm_rotary_forward", x, None, cos.contiguous(), sin.contiguous(), into, None, *sizes, dtype=x.dtype)
+    return into
 
 
 def _compressed(

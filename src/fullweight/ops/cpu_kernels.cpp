@@ -128,47 +128,50 @@ void norm_rotary_forward(const T* x, const float* weight, const float* cosine, c
   }
 }
 
-// dx, and dweight [threads, dim] zeroed by the caller.
+inline void unrotate(float* row, const float* c, const float* s, int64_t pairs) {
+  for (int64_t i = 0; i < pairs; i++) {
+    float a = row[2 * i], b = row[2 * i + 1];
+    row[2 * i] = a * c[i] + b * s[i];
+    row[2 * i + 1] = b * c[i] - a * s[i];
+  }
+}
+
+// dx, and dweight [threads, dim] zeroed by the caller. `saved` is x, or where `from_output` (no weight) the
+// forward's output, from which the normed row is turned back.
 template <class T>
-void norm_rotary_backward(const T* dout, const T* x, const float* weight, const float* cosine,
+void norm_rotary_backward(const T* dout, const T* saved, const float* weight, const float* cosine,
                           const float* sine, const float* rstd, T* dx, float* dweight, int64_t rows,
-                          int64_t dim, int64_t per_token, int64_t pairs, int threads) {
+                          int64_t dim, int64_t per_token, int64_t pairs, int from_output, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> grad((dim + L - 1) / L * L);
+    std::vector<float> grad((dim + L - 1) / L * L), normed(grad.size());
     float* mine = dweight ? dweight + omp_get_thread_num() * dim : nullptr;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-      const T* in = x + r * dim;
+      const float* c = cosine ? cosine + (r / per_token) * pairs : nullptr;
+      const float* s = sine ? sine + (r / per_token) * pairs : nullptr;
       for (int64_t i = 0; i < dim; i += L) put(grad.data(), i, dim, get(dout + r * dim, i, dim));
-      if (cosine) {
-        const float* c = cosine + (r / per_token) * pairs;
-        const float* s = sine + (r / per_token) * pairs;
-        float* g = grad.data() + dim - 2 * pairs;
-        for (int64_t i = 0; i < pairs; i++) {
-          float a = g[2 * i], b = g[2 * i + 1];
-          g[2 * i] = a * c[i] + b * s[i];
-          g[2 * i + 1] = b * c[i] - a * s[i];
-        }
-      }
+      if (cosine) unrotate(grad.data() + dim - 2 * pairs, c, s, pairs);
       if (!rstd) {
         for (int64_t i = 0; i < dim; i += L) put(dx + r * dim, i, dim, get(grad.data(), i, dim));
         continue;
       }
-      const float scale = rstd[r];
+      const float scale = rstd[r], restore = from_output ? 1.0f : scale;
+      for (int64_t i = 0; i < dim; i += L) put(normed.data(), i, dim, get(saved + r * dim, i, dim) * restore);
+      if (from_output && cosine) unrotate(normed.data() + dim - 2 * pairs, c, s, pairs);
       vf dot = {};
       for (int64_t i = 0; i < dim; i += L) {
-        vf g = get(grad.data(), i, dim), v = get(in, i, dim);
+        vf g = get(grad.data(), i, dim), v = get(normed.data(), i, dim);
         if (weight) {
-          put(mine, i, dim, get(mine, i, dim) + g * v * scale);
+          put(mine, i, dim, get(mine, i, dim) + g * v);
           g = g * get(weight, i, dim);
           put(grad.data(), i, dim, g);
         }
         dot += g * v;
       }
-      const float back = sum(dot) * scale * scale * scale / dim;
+      const float mean = sum(dot) / dim;
       for (int64_t i = 0; i < dim; i += L)
-        put(dx + r * dim, i, dim, get(grad.data(), i, dim) * scale - get(in, i, dim) * back);
+        put(dx + r * dim, i, dim, (get(grad.data(), i, dim) - get(normed.data(), i, dim) * mean) * scale);
     }
   }
 }
@@ -831,9 +834,9 @@ BOTH(norm_rotary_forward,
      (H(x), w, c, s, H(out), rstd, rows, dim, per_token, pairs, eps, threads))
 BOTH(norm_rotary_backward,
      (void* dout, void* x, float* w, float* c, float* s, float* rstd, void* dx, float* dw, int64_t rows,
-      int64_t dim, int64_t per_token, int64_t pairs, int threads),
-     (F(dout), F(x), w, c, s, rstd, F(dx), dw, rows, dim, per_token, pairs, threads),
-     (H(dout), H(x), w, c, s, rstd, H(dx), dw, rows, dim, per_token, pairs, threads))
+      int64_t dim, int64_t per_token, int64_t pairs, int from_output, int threads),
+     (F(dout), F(x), w, c, s, rstd, F(dx), dw, rows, dim, per_token, pairs, from_output, threads),
+     (H(dout), H(x), w, c, s, rstd, H(dx), dw, rows, dim, per_token, pairs, from_output, threads))
 BOTH(swiglu_forward,
      (void* g, float* scale, void* out, int64_t rows, int64_t f, float limit, int threads),
      (F(g), scale, F(out), rows, f, limit, threads), (H(g), scale, H(out), rows, f, limit, threads))

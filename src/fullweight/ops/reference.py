@@ -41,7 +41,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class AttentionOutput:
-    """out [T, H, c]; lse [T, H] fp32 log of the softmax denominator, sink included;
+    """out [T, H, c], rotated back; lse [T, H] fp32 log of the softmax denominator, sink included;
     mass [T, k] fp32 attention probability of each selected entry summed over heads (no gradient), or None."""
 
     out: Tensor
@@ -78,6 +78,10 @@ class ReferenceOperations:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., in] @ weight [out, in] transposed, in x's dtype (weight is cast, its gradient is not)."""
         return F.linear(x, weight.to(x.dtype))
+
+    def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., in] @ weight [out, in] transposed, in weight's dtype (fp32 whatever x is)."""
+        return F.linear(x.to(weight.dtype), weight)
 
     def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Block-diagonal projection: x [T, g, in], weight [g * out, in] -> [T, g * out]."""
@@ -221,19 +225,22 @@ class ReferenceOperations:
         sink: Tensor,
         layout: PackedLayout,
         window: int,
+        turn: tuple[Tensor, Tensor],
         compressed: Compressed | None = None,
     ) -> AttentionOutput:
         """Shared-KV attention over the last `window` tokens of the document, compressed entries and a sink.
 
         q [T, H, c], kv [T, c] (key and value), sink [H] fp32. Logits are q.k / sqrt(c); the sink adds
-        exp(sink[h]) to the denominator and has no value.
+        exp(sink[h]) to the denominator and has no value. The output is rotated back by `turn`, the (cos, sin)
+        that q was rotated by.
         """
         parts = []
         for a, b in chunks(q.shape[0], QUERY_CHUNK):
             parts.append(recomputed(self._attend, q, kv, sink, layout, window, compressed, a, b))
         out, lse, mass = zip(*parts, strict=True)
         selected = compressed is not None and compressed.selected is not None
-        return AttentionOutput(torch.cat(out), torch.cat(lse), torch.cat(mass) if selected else None)
+        turned = self.rotary(torch.cat(out), turn[0], -turn[1])
+        return AttentionOutput(turned, torch.cat(lse), torch.cat(mass) if selected else None)
 
     def _attend(
         self,

@@ -23,9 +23,7 @@ from fullweight.ops.reference import AttentionOutput, Compressed, ReferenceOpera
 class Attention(nn.Module):
     """One layer's attention; `indexer_loss` is over "selected" or all "visible" entries, or "none"."""
 
-    def __init__(
-        self, config: DeepSeekV4Config, ops: ReferenceOperations, layer: int, indexer_loss: str
-    ) -> None:
+    def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, layer: int, indexer_loss: str) -> None:
         super().__init__()
         self.config, self.ops, self.layer, self.indexer_loss = config, ops, layer, indexer_loss
         d, c, heads, eps = (
@@ -56,23 +54,18 @@ class Attention(nn.Module):
         latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(latent).view(x.shape[0], self.config.num_attention_heads, self.config.head_dim)
         q = self.ops.norm_rotary(q, None, self.config.rms_norm_eps, rotation.cos, rotation.sin)
-        kv = self.ops.norm_rotary(
-            self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, rotation.cos, rotation.sin
-        )
+        kv = self.ops.norm_rotary(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, rotation.cos, rotation.sin)
         if isinstance(context, DecodeContext):
             out = self._decode(x, latent, q, kv, context)
+            out = self.ops.rotary(out, rotation.cos, -rotation.sin)
         else:
-            out = self._packed(x, latent, q, kv, context)
-        return self._project_out(out, rotation)
-
-    def _project_out(self, out: Tensor, rotation: Rotation) -> Tensor:
-        inverse = rotation.inverse()
-        out = self.ops.rotary(out, inverse.cos, inverse.sin)
+            out = self._packed(x, latent, q, kv, rotation, context)
         groups = self.config.o_groups
-        out = out.reshape(out.shape[0], groups, -1)
-        return self.wo_b(self.wo_a(out if groups > 1 else out.squeeze(1)))
+        return self.wo_b(self.wo_a(out.reshape(x.shape[0], groups, -1) if groups > 1 else out.flatten(1)))
 
-    def _packed(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, context: Context) -> Tensor:
+    def _packed(
+        self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, rotation: Rotation, context: Context
+    ) -> Tensor:
         compressed, index = None, None
         capture = context.capture[self.layer] if context.capture is not None else None
         if capture is not None:
@@ -88,7 +81,13 @@ class Attention(nn.Module):
                 if index is not None:
                     capture.index.fill(index.compressed, context.layout)
         result = self.ops.attention(
-            q, kv, self.attn_sink, context.layout, self.config.sliding_window, compressed
+            q,
+            kv,
+            self.attn_sink,
+            context.layout,
+            self.config.sliding_window,
+            (rotation.cos, rotation.sin),
+            compressed,
         )
         if index is not None and compressed is not None and context.with_losses:
             self._train_indexer(index, q, result, compressed, context)
@@ -106,9 +105,7 @@ class Attention(nn.Module):
         keys = index.compressed.entries
         if self.indexer_loss == "selected":
             assert result.mass is not None
-            loss = self.ops.indexer_loss(
-                index.queries, keys, index.weights, index.selected, result.mass, tokens
-            )
+            loss = self.ops.indexer_loss(index.queries, keys, index.weights, index.selected, result.mass, tokens)
         elif self.indexer_loss == "visible":
             loss = self.ops.dense_indexer_loss(
                 index.queries, keys, index.weights, q, result.lse, compressed, tokens

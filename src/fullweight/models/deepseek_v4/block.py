@@ -21,6 +21,7 @@ from fullweight.models.deepseek_v4.hyper_connection import (
 )
 from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.moe import MoE
+from fullweight.ops.recompute import keep_recipes
 from fullweight.ops.reference import ReferenceOperations
 
 
@@ -41,12 +42,15 @@ class Sublayers(nn.Module):
 
     def mix(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
         """streams [T, n, d] -> [T, n, d]."""
-        hyper = hyper_pre(self, "hc_attn", self.config, self.ops, streams)
-        y = self.attn(self.attn_norm(hyper.input), context)
-        streams = self.ops.hyper_post(streams, y, hyper.post, hyper.comb)
-        hyper = hyper_pre(self, "hc_ffn", self.config, self.ops, streams)
-        y = self.ffn(self.ffn_norm(hyper.input), context)
-        return self.ops.hyper_post(streams, y, hyper.post, hyper.comb)
+        first = hyper_pre(self, "hc_attn", self.config, self.ops, streams)
+        with keep_recipes() as keep:
+            x = keep(self.attn_norm, first.input)
+            y = self.attn(x, context)
+            del x
+            middle = keep(self.ops.hyper_post, streams, y, first.post, first.comb)
+            second = hyper_pre(self, "hc_ffn", self.config, self.ops, middle)
+            y = self.ffn(keep(self.ffn_norm, second.input), context)
+            return self.ops.hyper_post(middle, y, second.post, second.comb)
 
 
 class Block(Sublayers):

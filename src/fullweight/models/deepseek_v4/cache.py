@@ -131,14 +131,11 @@ class DecodeContext:
 class Cache:
     """All layers' caches of B sequences and how long each sequence is."""
 
-    def __init__(
-        self, config: DeepSeekV4Config, num_sequences: int, capacity: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: DeepSeekV4Config, num_sequences: int, capacity: int, dtype: torch.dtype) -> None:
         self.config, self.capacity = config, capacity
         self.lengths = torch.zeros(num_sequences, dtype=torch.int64)
         self.layers = [
-            LayerCache(config, layer, num_sequences, capacity, dtype)
-            for layer in range(config.num_hidden_layers)
+            LayerCache(config, layer, num_sequences, capacity, dtype) for layer in range(config.num_hidden_layers)
         ]
 
     def step(self, tokens: Tensor) -> DecodeContext:

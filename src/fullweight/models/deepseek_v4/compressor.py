@@ -47,8 +47,8 @@ class Compressor(nn.Module):
         return CompressorOutput(self.finish(pooled, rotation, x.dtype), values, gates)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.to(self.ape.dtype)
-        return self.wkv(wide), self.wgate(wide)
+        """Values and gates [T, W], fp32."""
+        return self.ops.wide_linear(x, self.wkv.weight), self.ops.wide_linear(x, self.wgate.weight)
 
     def finish(self, pooled: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         """Norm and rotate pooled entries [E, c]."""

@@ -134,9 +134,7 @@ class DeepSeekV4Config(Config):
             raise ValueError(f"qk_rope_head_dim ({self.qk_rope_head_dim}) must be even: RoPE rotates pairs")
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(self, name) >= self.vocab_size:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) is outside the vocabulary of {self.vocab_size}"
-                )
+                raise ValueError(f"{name} ({getattr(self, name)}) is outside the vocabulary of {self.vocab_size}")
         return self
 
     # ---- construction -------------------------------------------------------------------------------

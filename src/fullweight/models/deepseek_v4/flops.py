@@ -127,9 +127,7 @@ def training_flops_per_token(
     dense_csa: bool = False,
 ) -> float:
     """`training_flops` divided by the documents' tokens."""
-    total = training_flops(
-        config, document_lengths, mtp=mtp, indexer_loss=indexer_loss, dense_csa=dense_csa
-    ).total
+    total = training_flops(config, document_lengths, mtp=mtp, indexer_loss=indexer_loss, dense_csa=dense_csa).total
     return total / sum(document_lengths)
 
 

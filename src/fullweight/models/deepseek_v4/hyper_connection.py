@@ -35,14 +35,10 @@ def hyper_pre(
 ) -> HyperOutput:
     """Streams [T, n, d] to a sublayer's input and the weights that fold its output back."""
     fn, base, scale = (module.get_parameter(f"{prefix}_{name}") for name in ("fn", "base", "scale"))
-    return ops.hyper_pre(
-        streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
-    )
+    return ops.hyper_pre(streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
 
 
-def hyper_head(
-    module: nn.Module, config: DeepSeekV4Config, ops: ReferenceOperations, streams: Tensor
-) -> Tensor:
+def hyper_head(module: nn.Module, config: DeepSeekV4Config, ops: ReferenceOperations, streams: Tensor) -> Tensor:
     """Streams [T, n, d] to one [T, d]."""
     fn, base, scale = (module.get_parameter(f"hc_head_{name}") for name in ("fn", "base", "scale"))
     return ops.hyper_head(streams, fn, base, scale, config.hc_eps, config.rms_norm_eps)

@@ -50,9 +50,7 @@ class Indexer(nn.Module):
         x, latent = x.detach(), latent.detach()
         queries, weights = self.query(x, latent, rotation)
         compressed = self.compressor(x, table, entry_rotation)
-        selected = self.ops.select_entries(
-            queries, compressed.entries, weights, table, self.config.index_topk
-        )
+        selected = self.ops.select_entries(queries, compressed.entries, weights, table, self.config.index_topk)
         return IndexerOutput(queries, weights, compressed, selected)
 
     def query(self, x: Tensor, latent: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

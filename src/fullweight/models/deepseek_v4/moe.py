@@ -21,9 +21,9 @@ from fullweight.ops.reference import ReferenceOperations
 class Gate(nn.Module):
     """Affinities and the choice of experts. `bias` [X] fp32 or `tid2eid` [V, K] int64 are buffers."""
 
-    def __init__(self, config: DeepSeekV4Config, hashed: bool) -> None:
+    def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, hashed: bool) -> None:
         super().__init__()
-        self.config, self.hashed = config, hashed
+        self.config, self.ops, self.hashed = config, ops, hashed
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if hashed:
             shape = (config.vocab_size, config.num_experts_per_tok)
@@ -33,7 +33,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(affinities [T, X] fp32, chosen [T, K] int64, weights [T, K] fp32)."""
-        logits = F.linear(x.to(self.weight.dtype), self.weight)
+        logits = self.ops.wide_linear(x, self.weight)
         # the floor keeps sqrt's gradient finite where softplus underflows
         affinity = F.softplus(logits).clamp(min=1e-30).sqrt()
         chosen = self.choose(affinity.detach(), tokens)
@@ -82,7 +82,7 @@ class MoE(nn.Module):
     def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, hashed: bool) -> None:
         super().__init__()
         self.config = config
-        self.gate = Gate(config, hashed)
+        self.gate = Gate(config, ops, hashed)
         self.experts = Experts(config, ops)
         self.shared_experts = SharedExpert(config, ops)
 

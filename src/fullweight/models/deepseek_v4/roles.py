@@ -14,9 +14,7 @@ import re
 from fullweight.core.types import ParameterRole
 from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
 
-_ADAMW = re.compile(
-    r"(^|\.)(embed|head)\.weight$|norm\.weight$|(^|\.)[eh]norm\.weight$|_(base|scale)$|attn_sink$"
-)
+_ADAMW = re.compile(r"(^|\.)(embed|head)\.weight$|norm\.weight$|(^|\.)[eh]norm\.weight$|_(base|scale)$|attn_sink$")
 
 
 def parameter_role(name: str, config: DeepSeekV4Config) -> ParameterRole:

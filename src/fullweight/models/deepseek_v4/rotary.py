@@ -22,9 +22,6 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
-    def inverse(self) -> Rotation:
-        return Rotation(self.cos, -self.sin)
-
 
 def frequencies(config: DeepSeekV4Config, compressed: bool, device: torch.device | str = "cpu") -> Tensor:
     """Radians per position of each rotary pair, fp32 [qk_rope_head_dim / 2]; YaRN when `compressed`."""
