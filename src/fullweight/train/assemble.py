@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from fullweight.checkpoint import hf
-from fullweight.core.errors import ConfigError
+from fullweight.core.errors import ConfigError, DataError
 from fullweight.core.types import Batch
 from fullweight.data import sources
 from fullweight.data.loader import PackedLoader, prepare
-from fullweight.data.render import encode_prompt, render
+from fullweight.data.render import EncodingOptions, encode_prompt, render
 from fullweight.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.init import initialise
@@ -109,13 +109,7 @@ def make_tokenizer(config: RunConfig) -> Tokenizer:
     if config.tokenizer is None:
         return load_tokenizer(config.data.tokenizer)
     records = islice(_training_records(config), config.tokenizer.num_samples)
-    texts = (
-        segment.text
-        for record in records
-        for segments in render(record.sample, config.data.encoding)
-        for segment in segments
-        if not segment.control
-    )
+    texts = (text for record in records for text in _plain_texts(record, config.data.encoding))
     return train_tokenizer(texts, config.tokenizer.vocab_size, config.data.encoding.name)
 
 
@@ -145,6 +139,15 @@ def check_disk(run: Run) -> None:
 def _training_records(config: RunConfig) -> Iterator[sources.Record]:
     for source in config.data.sources:
         yield from sources.read(source)
+
+
+def _plain_texts(record: sources.Record, options: EncodingOptions) -> Iterator[str]:
+    try:
+        rendered = render(record.sample, options)
+    except DataError as error:
+        raise DataError(f"{record.where}: {error}") from None
+    for segments in rendered:
+        yield from (segment.text for segment in segments if not segment.control)
 
 
 def _check_samples(config: RunConfig) -> None:

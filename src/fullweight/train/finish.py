@@ -73,6 +73,8 @@ def _show_before_after(folder: RunFolder, count: int, reporter: Reporter) -> Non
     if len(steps) < 2 or not count:
         return
     before, after = (read_samples(folder.samples, s) for s in (steps[0], steps[-1]))
+    if not after:
+        return
     table = Table(title=f"held-out questions, before (step {steps[0]}) and after (step {steps[-1]})")
     for title in ("asked", "before", "after", "expected", ""):
         table.add_column(title, overflow="fold")

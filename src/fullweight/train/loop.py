@@ -110,9 +110,7 @@ def load_config(folder: RunFolder) -> RunConfig:
 def evaluate(run: Run) -> Evaluation:
     """Held-out loss and scored answers of the model as it is; all ranks together."""
     settings = run.config.eval
-    losses, total = held_out_loss(
-        run.model, run.config.method, run.held_out, run.config.train.loss, run.ranks
-    )
+    losses, total = held_out_loss(run.model, run.config.method, run.held_out, run.config.train.loss, run.ranks)
     replies = partial(
         generate, run.model, max_new_tokens=settings.max_new_tokens, stop_ids=(run.tokenizer.eos_id,)
     )
@@ -139,15 +137,14 @@ def _write_head(run: Run) -> None:
 def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], None]) -> Outcome:
     main = run.ranks.is_main
     trackers = (
-        open_trackers(run.config.trackers, run.folder.root, run.config.model_dump(mode="json"))
-        if main
-        else []
+        open_trackers(run.config.trackers, run.folder.root, run.config.model_dump(mode="json")) if main else []
     )
     ledger = Ledger(run.folder.ledger) if main else None
     records = Records(ledger, trackers, Reporter(console if main else None))
     try:
-        opening(run, records)
-        finished = _steps(run, records)
+        with StopRequest().listening() as stop:
+            opening(run, records)
+            finished = _steps(run, records, stop)
         if finished:
             finish(run, records.reporter)
     finally:
@@ -171,26 +168,37 @@ def _continue(run: Run, records: Records, dropped: int) -> None:
     records.reporter.say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}")
 
 
-def _steps(run: Run, records: Records) -> bool:
+def _steps(run: Run, records: Records, stop: StopRequest) -> bool:
     """Run to the last step (True) or until asked to stop (False); either way the state is saved."""
     total, state = run.config.train.num_steps, run.state
     saved = state.step if state.step else None
-    stopping = False
-    with StopRequest().listening() as stop, records.reporter.steps(state.step, total):
-        while state.step < total and not stopping:
+    with records.reporter.steps(state.step, total):
+        while state.step < total and not run.ranks.any(stop.requested):
             record = _one_step(run)
             records.write("step", state.step, record)
             records.reporter.step(state.step, total, record)
             if record["skipped"] is not None:
                 run.guard.enforce(state.step, record["skipped"])
+            if state.step == 1:
+                _note_unreached(record, records.reporter)
             if state.step == total or _due(state.step, run.config.eval.every):
                 _evaluate_and_record(run, records)
-            stopping = run.ranks.any(stop.requested) and state.step < total
-            if stopping or state.step == total or _due(state.step, run.config.checkpoint.every):
+            if _due(state.step, run.config.checkpoint.every):
                 _save(run, records)
                 saved = state.step
-    assert saved == state.step, "the state of the last step is always saved"
-    return not stopping
+    if saved != state.step:
+        _save(run, records)
+    return state.step == total
+
+
+def _note_unreached(record: dict[str, Any], reporter: Reporter) -> None:
+    """Say once which parameters a step of this recipe can leave out; every step records them."""
+    names = record["without_gradient"]
+    if names:
+        reporter.say(
+            f"note: step 1 gave {len(names)} parameter(s) no gradient: {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''} (documents shorter than a compression window cannot reach it)"
+        )
 
 
 def _one_step(run: Run) -> dict[str, Any]:
@@ -235,7 +243,8 @@ def _evaluate_and_record(run: Run, records: Records) -> None:
         if evaluation.score is not None:
             parts.append(f"exact answers {evaluation.score:.1%} of {len(evaluation.answers)}")
         records.reporter.say(f"step {step}: held-out {', '.join(parts)}")
-    show_answers(run.config.eval.show, evaluation.answers, records.reporter)
+    if step < run.config.train.num_steps:  # the last ones are shown beside the first at the end
+        show_answers(run.config.eval.show, evaluation.answers, records.reporter)
 
 
 def _save(run: Run, records: Records) -> None:

@@ -55,9 +55,7 @@ def measure_peak(ranks: Ranks, seconds: float = 0.3, size: int = 1024) -> Peak:
             torch.accelerator.synchronize(ranks.device)
         best = min(best, time.perf_counter() - start)
     rate = torch.tensor(2 * size**3 / best, dtype=torch.float64)
-    source = (
-        f"measured: bf16 matmul {size} x {size} x {size}, best of {seconds} s, {ranks.size} rank(s) at once"
-    )
+    source = f"measured: bf16 matmul {size} x {size} x {size}, best of {seconds} s, {ranks.size} rank(s) at once"
     return Peak(float(ranks.reduce(rate).item()), source)
 
 

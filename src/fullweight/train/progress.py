@@ -54,9 +54,7 @@ class Reporter:
             return
         self._printed = now
         left = (now - self._first_time) / max(step - self._first_step, 1) * (total - step)
-        self.console.print(
-            f"step {step}/{total}  {text}  {_clock(left)} left", highlight=False, soft_wrap=True
-        )
+        self.console.print(f"step {step}/{total}  {text}  {_clock(left)} left", highlight=False, soft_wrap=True)
 
 
 def summary_line(record: dict[str, Any]) -> str:

@@ -87,9 +87,7 @@ class RunFolder:
     def require(self) -> None:
         """Raise ConfigError unless this is a run folder."""
         if not self.config.is_file():
-            raise ConfigError(
-                f"{self.root} is not a run folder: it has no config.json; give the folder of a run"
-            )
+            raise ConfigError(f"{self.root} is not a run folder: it has no config.json; give the folder of a run")
 
 
 def free_name(wanted: Path) -> Path:

@@ -105,9 +105,7 @@ def training_step(
         total = weighted_total(output.losses, counts, losses)
         for name, value in output.losses.items():
             sums[name] = sums.get(name, 0) + value.detach().double()
-        expert_counts = (
-            output.expert_counts if expert_counts is None else expert_counts + output.expert_counts
-        )
+        expert_counts = output.expert_counts if expert_counts is None else expert_counts + output.expert_counts
         phases.end("forward")
         total.backward()
         phases.end("backward")
