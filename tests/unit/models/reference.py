@@ -129,9 +129,7 @@ class DenseModel:
         streams = self._sublayer(
             f"{name}.hc_attn_",
             streams,
-            lambda x: self._attention(
-                f"{name}.attn", layer, rms(x, w[f"{name}.attn_norm.weight"], eps), sums
-            ),
+            lambda x: self._attention(f"{name}.attn", layer, rms(x, w[f"{name}.attn_norm.weight"], eps), sums),
         )
         return self._sublayer(
             f"{name}.hc_ffn_",

@@ -12,7 +12,7 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.ops import available_operations
 
-from .parity import draw_documents, randomise
+from .cases import draw_documents, randomise
 
 KINDS = {"sliding": [0, 0, 0], "csa": [4, 4, 0], "hca": [128, 128, 0], "mixed": [0, 4, 128, 4, 0]}
 

@@ -10,7 +10,7 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import from_published, stacks, to_published
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 
-from .parity import randomise
+from .cases import randomise
 
 
 def _model(**changes: object) -> DeepSeekV4:

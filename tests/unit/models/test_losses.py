@@ -16,7 +16,7 @@ from fullweight.models.deepseek_v4.model import DeepSeekV4, IndexerLoss
 from fullweight.models.deepseek_v4.moe import balance_loss, update_bias
 from fullweight.ops import available_operations
 
-from .parity import draw_documents, make_batch, randomise
+from .cases import draw_documents, make_batch, randomise
 from .reference import DenseModel, Sums
 
 LENGTHS = (1, 2, 3, 4, 5, 131)

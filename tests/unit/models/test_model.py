@@ -11,7 +11,7 @@ from fullweight.models.deepseek_v4.config import PRESETS, DeepSeekV4Config
 from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 
-from .parity import draw_documents, make_batch, randomise
+from .cases import draw_documents, make_batch, randomise
 
 # (without MTP, with MTP) of the two released models; their buffers are the router biases and hash tables.
 PUBLISHED = {

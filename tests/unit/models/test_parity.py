@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from fullweight.checkpoint.hf import export_checkpoint
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config, yarn_correction_range
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.models.deepseek_v4.rotary import frequencies
 from fullweight.ops import available_operations
 
-from .parity import Case, cases, draw_documents, hf_logits, make_batch, measure, randomise
+from .cases import BF16_CASES, Case, cases, draw_documents, make_batch, randomise
+from .parity import measure, measure_bfloat16
 
 # fp32 rounding through at most four layers is a few 1e-6 of the largest logit and a few 1e-5 of a gradient,
 # worst where it nearly cancels, as the hyper-connections' of the first layer; a wrong term is far above.
@@ -23,10 +22,10 @@ GRADIENT = 2e-4
 
 # bf16 rounds each intermediate by up to 2^-9 = 0.2 %; some thirty roundings in a row add up to about 1 %.
 BF16_TYPICAL_TOKEN = 0.02
-# Ours rounds no more often than transformers, so a typical token must not be worse. The mean square is ruled
+# Ours rounds no more often than transformers, so a typical token must not be worse. The means are ruled
 # by the few tokens whose expert or entry flips, on either side by chance: hence its wider factor.
 BF16_TYPICAL_FACTOR = 1.1
-BF16_MEAN_SQUARE_FACTOR = 1.5
+BF16_MEAN_FACTOR = 1.5
 
 
 def test_cases_cover_what_the_contract_names() -> None:
@@ -39,9 +38,7 @@ def test_cases_cover_what_the_contract_names() -> None:
     assert {r for case in cases() for r in case.config.compress_ratios} == {0, 4, 128}
     assert any(case.config.num_hash_layers == 0 for case in cases())
     assert any(case.config.num_hash_layers >= case.config.num_hidden_layers for case in cases())
-    sparse = [
-        c for c in cases() if 4 in c.config.compress_ratios and max(c.lengths) > 4 * c.config.index_topk
-    ]
+    sparse = [c for c in cases() if 4 in c.config.compress_ratios and max(c.lengths) > 4 * c.config.index_topk]
     assert len(sparse) >= 10
     assert len([c for c in cases() if max(c.lengths) > c.config.sliding_window]) >= 20
 
@@ -55,44 +52,16 @@ def test_logits_and_gradients_equal_transformers(case: Case) -> None:
         assert errors.gradient <= GRADIENT, (ops, errors)
 
 
-@pytest.mark.parametrize("number", [10, 14, 21, 25, 27])
+@pytest.mark.parametrize("number", BF16_CASES)
 def test_bfloat16_is_no_worse_than_transformers(number: int, tmp_path: Path) -> None:
     """Each side's bf16 is compared with its own fp32, from the same bf16 weights."""
-    case = cases()[number]
-    model = DeepSeekV4(case.config, ops="reference")
-    randomise(model, number)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    documents = draw_documents(model, case.lengths, number)
-    export_checkpoint(model, tmp_path / "model")
-    exact = torch.cat(model.logits(documents))
-    theirs = _hf_error(tmp_path / "model", documents)
-    for ops in available_operations():
-        narrow = DeepSeekV4(case.config, torch.bfloat16, ops=ops)
-        narrow.load_state_dict(model.state_dict())
-        ours = _bf16_error(torch.cat(narrow.logits(documents)), exact)
-        assert ours[0] <= BF16_TYPICAL_TOKEN, ops
-        assert ours[0] <= BF16_TYPICAL_FACTOR * theirs[0], ops
-        assert ours[1] <= BF16_MEAN_SQUARE_FACTOR * theirs[1], ops
-
-
-def _hf_error(folder: Path, documents: list[list[int]]) -> tuple[float, float]:
-    from transformers import AutoModelForCausalLM
-
-    outputs = []
-    for dtype in (torch.bfloat16, torch.float32):
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-        with torch.no_grad():
-            outputs.append(torch.cat(hf_logits(hf, documents)).float())
-    return _bf16_error(*outputs)
-
-
-def _bf16_error(narrow: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(median over tokens, root mean square) of the logit error, relative to the logits' root mean square."""
-    scale = exact.square().mean().sqrt()
-    per_token = (narrow - exact).square().mean(-1)
-    return float(per_token.sqrt().median() / scale), float(per_token.mean().sqrt() / scale)
+    errors = measure_bfloat16(cases()[number], tmp_path / "model")
+    theirs = errors.pop("transformers")
+    for ops, ours in errors.items():
+        assert ours.typical_token <= BF16_TYPICAL_TOKEN, ops
+        assert ours.typical_token <= BF16_TYPICAL_FACTOR * theirs.typical_token, ops
+        assert ours.mean_square <= BF16_MEAN_FACTOR * theirs.mean_square, ops
+        assert ours.gradient <= BF16_MEAN_FACTOR * theirs.gradient, ops
 
 
 @pytest.mark.parametrize("ops", available_operations())
@@ -113,9 +82,7 @@ def test_a_document_does_not_see_its_neighbours(ops: str) -> None:
         model.zero_grad()
         output = model(batch)
         sum(output.losses.values()).backward()
-        results.append(
-            (output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-        )
+        results.append((output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (one, gradients), (two, others) = results
     assert torch.equal(one.expert_counts, two.expert_counts)
     for name, value in one.losses.items():
@@ -133,7 +100,5 @@ def test_rotary_frequencies_equal_transformers(name: str) -> None:
     config = DeepSeekV4Config.preset(name)
     rotary = DeepseekV4RotaryEmbedding(DeepseekV4Config.from_dict(config.to_published()))
     torch.testing.assert_close(frequencies(config, compressed=False), rotary.main_inv_freq, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        frequencies(config, compressed=True), rotary.compress_inv_freq, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(frequencies(config, compressed=True), rotary.compress_inv_freq, rtol=1e-6, atol=0)
     assert yarn_correction_range(config) == (15, 25)
