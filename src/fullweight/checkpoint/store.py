@@ -132,23 +132,29 @@ def _disk_errors(what: str, unfinished: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, OSError, RuntimeError) as error:
-        if not _is_disk_failure(error):
+        reason = _disk_refusal(error)
+        if reason is None:
             raise
-        causes = (
-            [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        )
         if _is_main():
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(
-            f"{what}: {causes[0]}; free some space and `fullweight resume` the run"
-        ) from None
+        raise CheckpointError(f"{what}: {reason}; free some space and `fullweight resume` the run") from None
 
 
-def _is_disk_failure(error: BaseException) -> bool:
-    """torch.save reports a full disk as a RuntimeError of its stream writer."""
+def _disk_refusal(error: BaseException) -> str | None:
+    """What the disk said, or None when the failure is not the disk's.
+
+    torch.save closes its archive after a failed write and then raises a RuntimeError of its own, whose
+    context is the disk's error; sent between ranks, an exception loses its context.
+    """
     if isinstance(error, CheckpointException):
-        return all(_is_disk_failure(cause) for cause, _ in error.failures.values())
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "iostream error" in str(error)
+        reasons = [_disk_refusal(cause) for cause, _ in error.failures.values()]
+        return None if None in reasons else reasons[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return str(cause)
+        cause = cause.__context__
+    return "the disk refused a write" if "inline_container" in str(error) else None
 
 
 def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:

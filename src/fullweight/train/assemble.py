@@ -131,8 +131,8 @@ def check_disk(run: Run) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
-            f"{existing} has {free / 1e9:.1f} GB free, this run's checkpoints and export need up to "
-            f"{needed / 1e9:.1f} GB; free some, choose another --output, or lower checkpoint.keep"
+            f"{existing} has {free / 1e6:,.0f} MB free, this run's checkpoints and export need up to "
+            f"{needed / 1e6:,.0f} MB; free some, choose another --output, or lower checkpoint.keep"
         )
 
 

@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is not there."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,38 @@ def test_another_models_checkpoint_is_named(tmp_path: Path) -> None:
         store.load(path, {"model": {"other": torch.zeros(1)}})
 
 
+def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refuse_and_fail_to_close(self: Any, *args: Any, **kwargs: Any) -> None:
+    """What torch.save does on a full disk: the archive cannot be closed either."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+
+
+@pytest.mark.parametrize("failure", [refuse, refuse_and_fail_to_close])
 def test_a_full_disk_leaves_no_checkpoint_and_keeps_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[..., None]
 ) -> None:
     """One message; nothing half-written remains; the earlier checkpoint still loads."""
     store.save(tmp_path, 1, state(1.0))
-
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", refuse)
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", failure)
     with pytest.raises(CheckpointError, match="No space left on device"):
         store.save(tmp_path, 2, state(2.0))
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
     store.load(store.latest(tmp_path), state())
+
+
+def test_a_programming_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the disk's refusals are turned into a user's message."""
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    with pytest.raises(Exception, match="a bug") as caught:
+        store.save(tmp_path, 2, state(2.0))
+    assert not isinstance(caught.value, CheckpointError)
