@@ -66,8 +66,12 @@ def load(path: Path, state: dict[str, Any]) -> None:
     check(path)
     reader = dcp.FileSystemReader(path)
     _check_tensors(path, reader.read_metadata().state_dict_metadata, _flatten(state))
-    with _quiet():
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"checkpoint {path} is damaged: {cause}; use an earlier checkpoint") from None
 
 
 def completed(folder: Path) -> list[tuple[int, Path]]:
