@@ -32,13 +32,14 @@ INTRODUCTION = """# Parity with transformers
 Written by `python benchmarks/parity_table.py`; the same comparison is part of `make test`
 (`tests/unit/models/test_parity.py`).
 
-Each row is a random small configuration with random weights that leave no part idle. Its documents go through our
-model in one pack, and through `DeepseekV4ForCausalLM` (eager) each in a call of its own.
+Each row is a random small configuration with random weights that leave no part idle. Its documents go through
+our model in one pack, and through `DeepseekV4ForCausalLM` (eager) each in a call of its own. A name reads: number,
+layers, hash-routed layers, output groups, hyper-connection streams.
 
 - **Logits**: largest difference relative to the largest logit, the worst document. Bound: {logits:g}.
-- **Gradient**: relative norm of the difference, the worst of all parameters that transformers trains (it has no MTP
-  block and does not train the indexer). Bound: {gradient:g}. A gradient that is itself below a millionth of the
-  whole is rounding and is held to that absolutely.
+- **Gradient**: relative norm of the difference, the worst of all parameters that transformers trains (it has no
+  MTP block and does not train the indexer). Bound: {gradient:g}. A gradient that is itself below a millionth of
+  the whole is rounding and is held to that absolutely.
 - Documents on which a choice of experts or entries is closer than 1e-5 are drawn again: there rounding decides.
 
 MTP, the indexer's loss in both scopes, the balance loss and all their gradients are compared with dense formulas
@@ -50,8 +51,9 @@ BF16 = """
 ## bf16
 
 Each side's bf16 against its own fp32, from the same bf16 weights, relative to the logits' root mean square (the
-gradient: to its norm). Bounds: the typical (median) token {token:g} and {factor:g} times transformers' own; root mean
-square and gradient {mean:g} times, since they are ruled by the few tokens whose expert or entry flips, on either side.
+gradient: to its norm). Bounds: the typical (median) token {token:.0%} and {factor:g} times transformers' own; root
+mean square and gradient {mean:g} times, since they are ruled by the few tokens whose expert or entry flips, on
+either side.
 
 | configuration | run by | typical token | root mean square | gradient |
 |---|---|---|---|---|

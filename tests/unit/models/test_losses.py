@@ -53,6 +53,23 @@ def _dense_sums(
 
 
 @pytest.mark.parametrize("ops", available_operations())
+@pytest.mark.parametrize("lengths", [(32,), (4,), (20, 12)], ids=str)
+def test_square_rows_are_no_special_case(ops: str, lengths: tuple[int, ...]) -> None:
+    """As many tokens as channels (32) or streams (4): a tensor and its transpose then have one shape."""
+    model = _model(ops=ops)
+    documents = draw_documents(model, lengths, 8)
+    sums, weights = _dense_sums(model, documents, [[1.0] * n for n in lengths], "selected")
+    sum((sums.total(k) for k in ("lm", "mtp", "indexer", "balance")), torch.zeros(())).backward()
+    sum(model(make_batch(documents, model.config)).losses.values(), torch.zeros(())).backward()
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        if expected is None:  # a row too short for a 128-token window
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        assert float((parameter.grad - expected).norm()) <= 2e-4 * float(expected.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("ops", available_operations())
 @pytest.mark.parametrize("scope", ["selected", "visible"])
 def test_losses_and_gradients_equal_the_formulas(ops: str, scope: IndexerLoss) -> None:
     """All four losses and the gradient of every parameter equal dense formulas in float64.
@@ -174,6 +191,13 @@ def test_bias_moves_against_the_load() -> None:
             moved = torch.full((8,), 0.01)
             moved[3] = -0.01
             torch.testing.assert_close(buffer - before[name], moved, rtol=0, atol=1e-6)
+    # each block moves by its own row
+    counts = torch.eye(5, 8, dtype=torch.int64)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model.update_router_bias(counts, 0.01)
+    for row, block in enumerate(["layers.1", "layers.2", "layers.3", "mtp.0"], start=1):
+        name = f"{block}.ffn.gate.bias"
+        assert (model.get_buffer(name) < before[name]).nonzero().flatten().tolist() == [row], name
 
 
 def test_expert_counts_count_real_tokens() -> None:
