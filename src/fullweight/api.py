@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from fullweight.checkpoint.hf import load_model
+from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LoadedModel:
@@ -64,4 +67,6 @@ def load(folder: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") 
     `dtype` is what activations are computed in; weights are held in float32. Raises FullweightError
     naming the file on a missing, damaged or foreign checkpoint.
     """
-    return LoadedModel(load_model(folder, getattr(torch, dtype)))
+    if dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; use {' or '.join(map(repr, _DTYPES))}")
+    return LoadedModel(load_model(folder, _DTYPES[dtype]))

@@ -88,12 +88,13 @@ def test_generate_continues_each_prompt(folder: Path) -> None:
 
 
 def test_user_mistakes_are_one_kind_of_error(folder: Path, tmp_path: Path) -> None:
-    """A wrong folder, an empty prompt, an id outside the vocabulary: FullweightError, a ValueError too."""
+    """A wrong folder, prompt, id or dtype: FullweightError, a ValueError too."""
     model = fullweight.load(folder)
     for mistake in (
         lambda: fullweight.load(tmp_path / "nowhere"),
         lambda: model.generate([[]]),
         lambda: model.logits([[512]]),
+        lambda: fullweight.load(folder, dtype="fp16"),  # type: ignore[arg-type]
     ):
         with pytest.raises(FullweightError):
             mistake()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fullweight.core.errors import DataError
+from fullweight.core.errors import ConfigError, DataError
 from fullweight.models.deepseek_v4.cache import generate, sample
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -176,6 +176,13 @@ def test_an_empty_prompt_is_refused(prompts: list[list[int]]) -> None:
     """One clear message, not an index error."""
     with pytest.raises(DataError, match="empty"):
         generate(_model("sliding"), prompts, 4)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, -0.5), (1.0, 1.5)])
+def test_settings_out_of_range_are_refused(temperature: float, top_p: float) -> None:
+    """Not sampled from an empty set of tokens, and not silently taken as greedy."""
+    with pytest.raises(ConfigError, match="top_p"):
+        generate(_model("sliding"), [[1]], 4, temperature=temperature, top_p=top_p)
 
 
 @pytest.mark.parametrize("token", [-1, 40])

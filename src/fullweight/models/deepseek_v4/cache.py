@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fullweight.core.errors import DataError
+from fullweight.core.errors import ConfigError, DataError
 from fullweight.core.types import CompressionTable, PackedLayout
 from fullweight.models.deepseek_v4.compressor import Compressor, CompressorOutput
 from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config, LayerKind
@@ -164,8 +164,12 @@ def generate(
     """Continue each prompt (token ids) by at most `max_new_tokens`; a stop id ends one and is included.
 
     temperature 0 takes the likeliest token; otherwise tokens are drawn, from the smallest set of tokens
-    that holds probability `top_p`. Raises DataError on an empty prompt.
+    that holds probability `top_p`. Raises DataError on an empty prompt, ConfigError on a setting out of range.
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"temperature {temperature} and top_p {top_p}: use a temperature of at least 0 and top_p in (0, 1]"
+        )
     if not prompts or any(len(p) == 0 for p in prompts):
         raise DataError("a prompt is empty: give at least one token to continue")
     if max_new_tokens < 1:
