@@ -41,7 +41,7 @@ class ExpertLoad:
     num_experts: int  # summed over layers
 
 
-def measure_peak(ranks: Ranks, seconds: float = 0.3, size: int = 1024) -> Peak:
+def measure_peak(ranks: Ranks, seconds: float = 1.0, size: int = 1024) -> Peak:
     """Best bf16 matmul rate, weights stored [out, in], all ranks at once; takes about `seconds`."""
     x = torch.randn(size, size, device=ranks.device, dtype=torch.bfloat16)
     weight = torch.randn(size, size, device=ranks.device, dtype=torch.bfloat16)
