@@ -519,4 +519,4 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _log_probs: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dhead = ctx.saved_tensors
-        return dhidden * grad.to(dhidden.dtype), (dhead * grad).to(ctx.head_dtype), None, None
+        return dhidden * grad, (dhead * grad).to(ctx.head_dtype), None, None

@@ -361,4 +361,4 @@ class IndexLoss(torch.autograd.Function):
         dqueries, dkeys, dweights = ctx.saved_tensors
         keys_dtype, weights_dtype = ctx.dtypes
         scaled = (dkeys * grad).to(keys_dtype), (dweights * grad).to(weights_dtype)
-        return dqueries * grad.to(dqueries.dtype), *scaled, None, None, None
+        return dqueries * grad, *scaled, None, None, None

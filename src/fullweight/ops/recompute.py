@@ -46,9 +46,9 @@ def keep_recipes() -> Iterator[Callable[..., Tensor]]:
     def pack(tensor: Tensor) -> Tensor | _Recipe:
         for reference, recipe in recipes:
             result = reference()  # dead once freed: its address may since belong to another tensor
-            if result is not None and result.data_ptr() == tensor.data_ptr() and result.shape == tensor.shape:
+            if result is not None and _same(result, tensor):
                 return recipe
-        return tensor
+        return tensor.detach()  # a saved output would otherwise hold the node that holds it
 
     def unpack(kept: Tensor | _Recipe) -> Tensor:
         return kept.make() if isinstance(kept, _Recipe) else kept
@@ -58,3 +58,8 @@ def keep_recipes() -> Iterator[Callable[..., Tensor]]:
         return
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield keep
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    layout = (a.data_ptr(), a.dtype, a.shape, a.stride())
+    return layout == (b.data_ptr(), b.dtype, b.shape, b.stride())

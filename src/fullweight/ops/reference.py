@@ -103,7 +103,7 @@ class ReferenceOperations:
         pairs = cos.shape[-1]
         shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (pairs,)
         cos, sin = cos.view(shape), sin.view(shape)
-        plain, turned = x[..., : -2 * pairs], x[..., -2 * pairs :].to(cos.dtype)
+        plain, turned = x[..., : -2 * pairs], x[..., -2 * pairs :].to(torch.promote_types(x.dtype, cos.dtype))
         even, odd = turned[..., 0::2], turned[..., 1::2]
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
         return torch.cat((plain, turned.to(x.dtype)), -1)

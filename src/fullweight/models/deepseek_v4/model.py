@@ -9,7 +9,7 @@ Source: report section 2.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -103,7 +103,7 @@ class DeepSeekV4(nn.Module):
 
     def update_router_bias(self, expert_counts: Tensor, speed: float) -> None:
         """Move each scored router's bias against the load; expert_counts as in ModelOutput, summed globally."""
-        for moe, counts in zip(self.moe_layers(), expert_counts, strict=False):
+        for moe, counts in zip(self.moe_layers(), expert_counts, strict=True):
             if not moe.gate.hashed:
                 update_bias(moe.gate.get_buffer("bias"), counts, speed)
 
@@ -188,6 +188,7 @@ class DeepSeekV4(nn.Module):
         following = torch.where(inside, batch.tokens.roll(-1), 0)
         embedded = nn.functional.embedding(following, self.embed.weight).to(self.compute_dtype)
         embedded = embedded * inside.unsqueeze(1).to(embedded.dtype)
-        for block in self.mtp:
-            return self._predict(block(streams, embedded, context), *batch.targets(2))[0]
-        raise AssertionError("a model without MTP block predicts one token ahead only")
+        # a document's last token has no next one to read: it counts in no load and no loss
+        context = replace(context, valid=context.valid & inside)
+        hidden = self.mtp[0](streams, embedded, context)
+        return self._predict(hidden, *batch.targets(2))[0]
