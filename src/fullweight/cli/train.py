@@ -16,9 +16,7 @@ def train_command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="a.b=c, such as train.num_steps=100; repeatable")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="run folder, new or empty (runs/<name> when absent)")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="run folder, new or empty (runs/<name> when absent)")] = None,
 ) -> None:
     """Train all parameters of a model as a recipe says; Ctrl-C saves and stops.
 
