@@ -7,6 +7,7 @@ other than 1, 2 and 4 - runs the reference operation of the same name.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fullweight.core.types import CompressionTable, PackedLayout
 from fullweight.ops.cpu_attention import Attend, IndexLoss, select_entries
-from fullweight.ops.native import call, keep_freed_memory, kernels
+from fullweight.ops.native import bound_prepared_products, call, keep_freed_memory, kernels
 from fullweight.ops.reference import AttentionOutput, Compressed, HyperOutput, ReferenceOperations
 
 LOGITS = 1 << 22  # logits that exist at the same time
@@ -38,6 +39,7 @@ class CpuOperations(ReferenceOperations):
 
     def __init__(self) -> None:
         kernels()
+        bound_prepared_products()
         keep_freed_memory()
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -421,39 +423,66 @@ class ExpertMixture(torch.autograd.Function):
         ctx: Any, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
     ) -> Tensor:
         tokens, top_k = chosen.shape
-        flat = chosen.flatten()
-        order = torch.sort(flat, stable=True).indices
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0])
-        counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-        scale = weights.detach().float().flatten()[order].contiguous()
-        rows = x.index_select(0, order // top_k)
-        hidden = _by_expert(rows, gate_up, counts, transpose=True)
-        out_rows = _by_expert(swiglu_rows(hidden, scale, limit), down, counts, transpose=True)
-        ctx.save_for_backward(x, hidden, order, place, scale, gate_up, down)
-        ctx.counts, ctx.limit, ctx.top_k, ctx.weights_dtype = counts, limit, top_k, weights.dtype
-        return _combine(out_rows, place, tokens, top_k)
+        plan = DispatchPlan.of(chosen, gate_up.shape[0])
+        scale = torch.zeros(plan.num_rows)
+        scale[plan.place] = weights.detach().float().flatten()
+        hidden = _by_expert(x.index_select(0, plan.token), gate_up, plan.counts, transpose=True)
+        out_rows = _by_expert(swiglu_rows(hidden, scale, limit), down, plan.counts, transpose=True)
+        ctx.save_for_backward(x, hidden, scale, gate_up, down)
+        ctx.plan, ctx.limit, ctx.top_k, ctx.weights_dtype = plan, limit, top_k, weights.dtype
+        return _combine(out_rows, plan.place, tokens, top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, order, place, scale, gate_up, down = ctx.saved_tensors
-        token = order // ctx.top_k
-        grad_rows = grad.index_select(0, token)
-        dactivation = _by_expert(grad_rows, down, ctx.counts, transpose=False)
+        x, hidden, scale, gate_up, down = ctx.saved_tensors
+        plan: DispatchPlan = ctx.plan
+        grad_rows = grad.index_select(0, plan.token)
+        dactivation = _by_expert(grad_rows, down, plan.counts, transpose=False)
         dhidden, activation = torch.empty_like(hidden), torch.empty_like(dactivation)
         dscale = torch.empty_like(scale)
         rows, f = dactivation.shape
         sizes = (rows, f, float(ctx.limit), _threads())
         buffers = (dactivation, hidden, scale, dhidden, dscale, activation)
         call("swiglu_backward", *buffers, *sizes, dtype=x.dtype)
-        ddown = _weight_gradient(grad_rows, activation, down, ctx.counts)
-        dgate_up = _weight_gradient(dhidden, x.index_select(0, token), gate_up, ctx.counts)
-        drows = _by_expert(dhidden, gate_up, ctx.counts, transpose=False)
-        dx = _combine(drows, place, x.shape[0], ctx.top_k)
-        dweights = torch.empty_like(dscale)
-        dweights[order] = dscale
-        return dx, None, dweights.view(-1, ctx.top_k).to(ctx.weights_dtype), dgate_up, ddown, None
+        ddown = _weight_gradient(grad_rows, activation, down, plan.counts)
+        dgate_up = _weight_gradient(dhidden, x.index_select(0, plan.token), gate_up, plan.counts)
+        drows = _by_expert(dhidden, gate_up, plan.counts, transpose=False)
+        dx = _combine(drows, plan.place, x.shape[0], ctx.top_k)
+        dweights = dscale[plan.place].view(-1, ctx.top_k).to(ctx.weights_dtype)
+        return dx, None, dweights, dgate_up, ddown, None
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Rows sorted by expert, each expert's padded to a whole number of blocks.
+
+    oneDNN prepares a product for its exact shape, at about the cost of running it once, and counts of tokens
+    are different at every step: blocks leave few shapes to prepare. A padding row reads token 0, has weight 0
+    and is read by no token. token [rows] int64 is the token that a row reads; place [T * K] the row of each
+    choice; counts the rows of each expert.
+    """
+
+    num_rows: int
+    token: Tensor
+    place: Tensor
+    counts: list[int]
+
+    @staticmethod
+    def of(chosen: Tensor, num_experts: int) -> DispatchPlan:
+        flat = chosen.flatten()
+        real = torch.bincount(flat, minlength=num_experts)
+        block = torch.where(real > 512, 64, 32)
+        padded = (real + block - 1) // block * block
+        first_real, first = real.cumsum(0) - real, padded.cumsum(0) - padded
+        order = torch.sort(flat, stable=True).indices
+        row = torch.arange(flat.shape[0]) + (first - first_real)[flat[order]]
+        place = torch.empty_like(order)
+        place[order] = row
+        counts = padded.tolist()
+        token = torch.zeros(sum(counts), dtype=torch.int64)
+        token[row] = order // chosen.shape[1]
+        return DispatchPlan(len(token), token, place, counts)
 
 
 def _by_expert(rows: Tensor, weight: Tensor, counts: list[int], transpose: bool) -> Tensor:

@@ -134,9 +134,14 @@ def _chunk_size(heads: int, width: int, compressed: Compressed | None) -> int:
 
 
 def entry_span(table: CompressionTable, a: int, b: int) -> tuple[int, int]:
-    """Entries that any token of [a, b) sees, as one contiguous range (both bounds grow with the token)."""
+    """Entries that any token of [a, b) sees, as one contiguous range (both bounds grow with the token).
+
+    Its length is rounded up where there are entries: oneDNN prepares every shape of a product anew.
+    """
     last = min(b, table.entry_begin.shape[0]) - 1
-    return int(table.entry_begin[a]), int(table.entry_end[last])
+    first, end = int(table.entry_begin[a]), int(table.entry_end[last])
+    step = 64 if end - first > 256 else 16
+    return first, min(first + -(-(end - first) // step) * step, table.entry_tokens.shape[0])
 
 
 def _selected_rows(selected: Tensor, a: int, b: int) -> Tensor:
@@ -308,7 +313,8 @@ def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: Compre
     a = 0
     while a < total:
         reach = max(int(table.entry_end[min(a + CHUNK, total) - 1]) - int(table.entry_begin[a]), 1)
-        b = min(a + max(BLOCK, min(CHUNK, INDEX_SCORES // (heads * reach))), total)
+        size = min(CHUNK, INDEX_SCORES // (heads * reach)) // BLOCK * BLOCK
+        b = min(a + max(BLOCK, size), total)
         first, last = entry_span(table, a, b)
         products = queries[a:b].reshape(-1, width) @ keys[first:last].T
         low, high = ((x[a:b] - first).to(torch.int32) for x in (table.entry_begin, table.entry_end))

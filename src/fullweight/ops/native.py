@@ -110,6 +110,11 @@ def _loaded_openmp() -> str | None:
     return next((path for path in sorted(paths) if "gomp" in Path(path).name or "iomp" in Path(path).name), None)
 
 
+def bound_prepared_products() -> None:
+    """Let oneDNN keep 256 prepared products instead of 1,024, at about 0.35 MB each, unless the user says."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
 def keep_freed_memory() -> bool:
     """Ask glibc not to give large blocks back at every free; True where that is possible.
 
