@@ -243,9 +243,7 @@ def test_one_process_resumes_what_two_saved(ranks: list[dict]) -> None:
     set_optimizer_state_dict(model, optimizers, ranks[0]["gathered_state"]["optimizer"])
     norms = advance(model, optimizers, range(2, NUM_STEPS))
     straight = ranks[0]["straight_run"]
-    assert_same_run(
-        {"weights": weights_of(model), "norms": norms}, straight | {"norms": straight["norms"][2:]}
-    )
+    assert_same_run({"weights": weights_of(model), "norms": norms}, straight | {"norms": straight["norms"][2:]})
 
 
 def test_nan_on_one_rank_is_seen_by_both(ranks: list[dict]) -> None:

@@ -15,8 +15,15 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["train.num_steps=10", "train.precision=fp32", "optimizer.learning_rate=3e-4", "eval.every=10"]
-SETTINGS += ["eval.num_samples=3", "eval.max_new_tokens=6", "export.dtype=float32", "checkpoint.every=5"]
+SETTINGS += [
+    "optimizer.muon.ns_dtype=float32",
+    "eval.num_samples=3",
+    "eval.max_new_tokens=6",
+    "export.dtype=float32",
+    "checkpoint.every=5",
+]
 
+# Newton-Schulz in fp32 as everything else: its default, bf16, turns a last-bit difference into 1e-3 of an update.
 # Two ranks add the same fp32 numbers in another order: 2^-24 = 6e-8 relative in a sum. Ten steps of an optimiser
 # that divides by the gradient's own size amplify it, here to about 1e-6 in the loss; 1e-5 leaves room for other
 # machines and is far below what a wrong normaliser (factor 2) or a lost micro-batch would do.

@@ -39,9 +39,7 @@ def inspect_command(
     tokenizer: Annotated[
         str | None, typer.Option(help='"deepseek-v4" (the default) or a folder with tokenizer.json')
     ] = None,
-    row_tokens: Annotated[
-        int | None, typer.Option(help="tokens of a packed row (8192 for a data file)")
-    ] = None,
+    row_tokens: Annotated[int | None, typer.Option(help="tokens of a packed row (8192 for a data file)")] = None,
     columns: Annotated[
         str | None,
         typer.Option(help="of a data file, such as prompt=problem,answer=solution or text=body"),
@@ -110,13 +108,9 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_histogram_table(report))
     console.print(_packing_table(report))
     speed = (
-        "from the token cache"
-        if report.tokens_per_second is None
-        else f"{report.tokens_per_second:,.0f} tokens/s"
+        "from the token cache" if report.tokens_per_second is None else f"{report.tokens_per_second:,.0f} tokens/s"
     )
-    console.print(
-        f"encoding: {speed}, tokenizer {report.tokenizer}; prepared in {report.prepare_seconds:.1f} s"
-    )
+    console.print(f"encoding: {speed}, tokenizer {report.tokenizer}; prepared in {report.prepare_seconds:.1f} s")
 
 
 def _print_sample(sample: ShownSample, console: Console) -> None:
@@ -170,9 +164,7 @@ def _histogram_table(report: Report) -> Table:
     table.add_column(justify="right")
     table.add_column()
     longest = max(report.length_counts)
-    for low, high, count in zip(
-        report.length_edges, report.length_edges[1:], report.length_counts, strict=False
-    ):
+    for low, high, count in zip(report.length_edges, report.length_edges[1:], report.length_counts, strict=False):
         table.add_row(f"{low:,} to {high - 1:,}", f"{count:,}", "█" * -(-count * _BAR // longest))
     return table
 

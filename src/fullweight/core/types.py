@@ -86,9 +86,7 @@ class PackedLayout:
         starts = torch.cumsum(sizes, 0) - sizes
         document_starts = torch.repeat_interleave(starts, sizes)
         positions = torch.arange(total) - document_starts
-        tables = {
-            r: _compression_table(r, sizes, starts, positions) for r in sorted({r for r in ratios if r > 0})
-        }
+        tables = {r: _compression_table(r, sizes, starts, positions) for r in sorted({r for r in ratios if r > 0})}
         return PackedLayout(tuple(lengths), num_padding, positions, document_starts, tables)
 
     def to(self, device: torch.device | str) -> PackedLayout:

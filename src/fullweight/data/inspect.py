@@ -85,9 +85,7 @@ def inspect(config: DataConfig, tokenizer: Tokenizer, num_samples: int = 2) -> R
     edges, counts = histogram(prepared.train.lengths)
     held_out = None
     if len(prepared.held_out.ids):
-        held_out = _packing(
-            prepared.held_out, plan_rows(prepared.held_out.lengths, config.row_tokens), config
-        )
+        held_out = _packing(prepared.held_out, plan_rows(prepared.held_out.lengths, config.row_tokens), config)
     return Report(
         tokenizer=config.tokenizer,
         sources=prepared.counts,
@@ -98,8 +96,7 @@ def inspect(config: DataConfig, tokenizer: Tokenizer, num_samples: int = 2) -> R
         tokens_per_second=None if seconds is None else tokens / seconds,
         prepare_seconds=prepare_seconds,
         samples=tuple(
-            shown_sample(prepared.train, i, tokenizer)
-            for i in islice(range(len(prepared.train.ids)), num_samples)
+            shown_sample(prepared.train, i, tokenizer) for i in islice(range(len(prepared.train.ids)), num_samples)
         ),
     )
 

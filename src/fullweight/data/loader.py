@@ -167,9 +167,7 @@ def epoch_plan(prepared: Prepared, config: DataConfig, epoch: int) -> Plan:
     )
 
 
-def make_batch(
-    store: TokenStore, samples: Indices, row_tokens: int, ratios: Sequence[int], pad_id: int
-) -> Batch:
+def make_batch(store: TokenStore, samples: Indices, row_tokens: int, ratios: Sequence[int], pad_id: int) -> Batch:
     """One packed row of the given samples in order, padded with `pad_id` to `row_tokens`."""
     tokens = np.full(row_tokens, pad_id, dtype=np.int64)
     loss_mask = np.zeros(row_tokens, dtype=np.float32)

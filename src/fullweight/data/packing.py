@@ -107,9 +107,7 @@ def plan_epoch(
     return Plan(np.concatenate(parts) if parts else samples[:0], offsets)
 
 
-def epoch_samples(
-    groups: Sequence[Indices], weights: Sequence[float] | None, seed: int, epoch: int
-) -> Indices:
+def epoch_samples(groups: Sequence[Indices], weights: Sequence[float] | None, seed: int, epoch: int) -> Indices:
     """Which samples (indices, repeats possible) an epoch has, given the samples of each source.
 
     Without weights: every sample once. With weights an epoch has as many samples as all sources together, N,

@@ -60,9 +60,7 @@ class EncodingOptions(Config):
         if self.reasoning_effort is not None:
             if self.reasoning_effort not in efforts:
                 hint = nearest(self.reasoning_effort, list(efforts))
-                raise ValueError(
-                    f"encoding {self.name} has no reasoning_effort {self.reasoning_effort!r}; {hint}"
-                )
+                raise ValueError(f"encoding {self.name} has no reasoning_effort {self.reasoning_effort!r}; {hint}")
             if self.thinking_mode == "chat":
                 raise ValueError("reasoning_effort has no effect in chat mode; remove one of the two")
         return self
@@ -196,17 +194,14 @@ def _encode(documents: list[list[Segment]], tokenizer: Tokenizer) -> list[list[l
     texts = [s.text for segments in documents for s in segments if not s.control]
     plain = iter(tokenizer.encode_plain(texts))
     return [
-        [[tokenizer.token_id(s.text)] if s.control else next(plain) for s in segments]
-        for segments in documents
+        [[tokenizer.token_id(s.text)] if s.control else next(plain) for s in segments] for segments in documents
     ]
 
 
 def _render_text(sample: Mapping[str, Any], encoding: Encoding) -> list[Segment]:
     text = sample["text"]
     if not isinstance(text, str) or not text:
-        raise DataError(
-            f"{sample_label(sample)}: text must be a non-empty string, found {type(text).__name__}"
-        )
+        raise DataError(f"{sample_label(sample)}: text must be a non-empty string, found {type(text).__name__}")
     writer = _Writer()
     writer.add([encoding.token("bos")], trained=False)
     writer.add([Piece(text), encoding.token("eos")], trained=True)
@@ -298,9 +293,7 @@ def _input_body(message: Message, encoding: Encoding) -> list[Piece]:
     content = [Piece(message.content)]
     if message.blocks:
         parts = [
-            encoding.fill("tool_result", content=b.text)
-            if b.is_result
-            else _user_text(b.text, message, encoding)
+            encoding.fill("tool_result", content=b.text) if b.is_result else _user_text(b.text, message, encoding)
             for b in message.blocks
         ]
         content = _join(parts, encoding.fill("block_separator"))

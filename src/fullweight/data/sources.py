@@ -239,9 +239,7 @@ def _json(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-        ) from None
+        raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

@@ -15,15 +15,20 @@ from fullweight.ops.reference import ReferenceOperations
 OPERATIONS: dict[str, type[ReferenceOperations]] = {"reference": ReferenceOperations, "cpu": CpuOperations}
 
 
-def available_operations() -> list[str]:
-    """Names that `resolve_operations` takes on this machine, best last."""
-    return ["reference", "cpu"] if find_compiler() else ["reference"]
+def available_operations(device: str = "cpu") -> list[str]:
+    """Names that `resolve_operations` takes on this machine for tensors on `device`, best last."""
+    return ["reference", "cpu"] if device == "cpu" and find_compiler() else ["reference"]
 
 
-def resolve_operations(name: str) -> ReferenceOperations:
-    """The operations called `name`, or the best ones here for "auto"; raises OperationError when absent."""
-    if name == "auto":
-        name = available_operations()[-1]
-    if name not in OPERATIONS:
+def resolve_operations(name: str, device: str = "cpu") -> ReferenceOperations:
+    """The operations called `name`, or for "auto" the best ones for tensors on `device` (a device type).
+
+    Raises OperationError when they are absent on this machine or not made for the device.
+    """
+    if name not in ("auto", *OPERATIONS):
         raise OperationError(f"no operations named {name!r}; {nearest(name, ['auto', *OPERATIONS])}")
+    if name == "auto":
+        name = available_operations(device)[-1]
+    elif name == "cpu" and device != "cpu":
+        raise OperationError(f"the cpu operations do not run on {device}; use 'auto' or 'reference'")
     return OPERATIONS[name]()

@@ -227,29 +227,35 @@ void swiglu_backward(const T* dout, const T* gate_up, const float* scale, T* dga
 
 // ---- hyper-connections -------------------------------------------------------------------------------
 
-// logits[o] = rstd * <u, fn[o]>, returns rstd; u is one token's n*d streams.
-template <class T>
-float hyper_logits(const T* u, const float* fn, int64_t width, int64_t outputs, float eps, float* logits) {
-  vf squares = {};
-  for (int64_t k = 0; k < width; k += L) { vf v = get(u, k, width); squares += v * v; }
-  const float rstd = 1.0f / std::sqrt(sum(squares) / width + eps);
-  for (int64_t first = 0; first < outputs; first += 8) {
-    const int64_t count = std::min<int64_t>(8, outputs - first);
-    vf dot[8] = {};
-    if (count == 8) {
-      for (int64_t k = 0; k < width; k += L) {
-        vf v = get(u, k, width);
-        for (int o = 0; o < 8; o++) dot[o] += v * get(fn + (first + o) * width, k, width);
-      }
-    } else {
-      for (int64_t k = 0; k < width; k += L) {
-        vf v = get(u, k, width);
-        for (int o = 0; o < count; o++) dot[o] += v * get(fn + (first + o) * width, k, width);
-      }
-    }
-    for (int o = 0; o < count; o++) logits[first + o] = sum(dot[o]) * rstd;
+// logits[t][o] = rstd[t] * <u[t], fn[o]> for `count` tokens, four tokens and four outputs at a time: fn does not
+// fit the first-level cache. u [count, width], fn [M, width], logits [count, M].
+template <int M, class T>
+void hyper_logits(const T* u, const float* fn, int64_t width, int64_t count, float eps, float* logits, float* rstd) {
+  for (int64_t t = 0; t < count; t++) {
+    vf squares = {};
+    for (int64_t k = 0; k < width; k += L) { vf v = get(u + t * width, k, width); squares += v * v; }
+    rstd[t] = 1.0f / std::sqrt(sum(squares) / width + eps);
   }
-  return rstd;
+  for (int64_t first = 0; first < count; first += 4) {
+    const T* row[4];
+    for (int t = 0; t < 4; t++) row[t] = u + std::min(first + t, count - 1) * width;
+    for (int out = 0; out < M; out += 4) {
+      const float* weight[4];
+      for (int o = 0; o < 4; o++) weight[o] = fn + std::min(out + o, M - 1) * width;
+      vf dot[4][4] = {};
+      for (int64_t k = 0; k < width; k += L) {
+        vf v[4];
+        for (int t = 0; t < 4; t++) v[t] = get(row[t], k, width);
+        for (int o = 0; o < 4; o++) {
+          vf w = get(weight[o], k, width);
+          for (int t = 0; t < 4; t++) dot[t][o] += v[t] * w;
+        }
+      }
+      for (int t = 0; t < 4 && first + t < count; t++)
+        for (int o = 0; o < 4 && out + o < M; o++)
+          logits[(first + t) * M + out + o] = sum(dot[t][o]) * rstd[first + t];
+    }
+  }
 }
 
 // Sixteen tokens' Sinkhorn at once: m[j * N + k] holds entry (j, k) of each. `trace`, when given, gets every
@@ -300,8 +306,7 @@ void hyper_pre_forward(const T* streams, const float* fn, const float* base, con
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < (tokens + L - 1) / L; block++) {
     const int64_t t0 = block * L, count = std::min<int64_t>(L, tokens - t0);
-    for (int64_t t = t0; t < t0 + count; t++)
-      rstd[t] = hyper_logits(streams + t * N * d, fn, N * d, M, norm_eps, logits + t * M);
+    hyper_logits<M>(streams + t0 * N * d, fn, N * d, count, norm_eps, logits + t0 * M, rstd + t0);
     vf z[M] = {};
     for (int o = 0; o < M; o++)
       for (int64_t i = 0; i < count; i++) z[o][i] = logits[(t0 + i) * M + o];
@@ -404,27 +409,29 @@ void hyper_pre_backward(const T* streams, const float* fn, const float* base, co
         my_scale[which] += sum(dz[o] * z[o]);
         dz[o] *= scale[which];
       }
-      for (int64_t t = 0; t < count; t++) {
-        const T* u = streams + (t0 + t) * width;
-        T* du = dstreams + (t0 + t) * width;
-        const float r = rstd[t0 + t];
-        float w[M], norm = 0;
-        for (int o = 0; o < M; o++) { w[o] = dz[o][t] * r; norm += dz[o][t] * z[o][t]; }
-        norm *= r * r / width;
-        for (int i = 0; i < N; i++) {
-          const float p = pre[(t0 + t) * N + i];
-          for (int64_t k = 0; k < d; k += L) {
-            const int64_t at = i * d + k;
-            vf s = p * get(dx + (t0 + t) * d, k, d) - norm * get(u, at, (i + 1) * d);
-            for (int o = 0; o < M; o++) s += w[o] * get(fn + o * width, at, (i + 1) * d);
-            put(du, at, (i + 1) * d, s);
-          }
-        }
+      float weights[M][L], norm[L];
+      for (int64_t t = 0; t < L; t++) {
+        const float r = t < count ? rstd[t0 + t] : 0.0f;
+        norm[t] = 0;
+        for (int o = 0; o < M; o++) { weights[o][t] = dz[o][t] * r; norm[t] += dz[o][t] * z[o][t]; }
+        norm[t] *= r * r / width;
       }
+      for (int64_t first = 0; first < count; first += 4)
+        for (int i = 0; i < N; i++)
+          for (int64_t k = 0; k < d; k += L) {
+            const int64_t at = i * d + k, end = (i + 1) * d;
+            vf s[4] = {};
+            for (int o = 0; o < M; o++) {
+              vf w = get(fn + o * width, at, end);
+              for (int t = 0; t < 4; t++) s[t] += weights[o][first + t] * w;
+            }
+            for (int64_t t = first; t < std::min(first + 4, count); t++) {
+              vf through = pre[(t0 + t) * N + i] * get(dx + (t0 + t) * d, k, d);
+              vf back = norm[t] * get(streams + (t0 + t) * width, at, end);
+              put(dstreams + (t0 + t) * width, at, end, s[t - first] + through - back);
+            }
+          }
       // dfn: sixteen tokens share one pass over the thread's buffer
-      float weights[M][L];
-      for (int o = 0; o < M; o++)
-        for (int64_t t = 0; t < L; t++) weights[o][t] = t < count ? dz[o][t] * rstd[t0 + t] : 0.0f;
       for (int64_t k = 0; k < width; k += L) {
         vf u[L];
         for (int64_t t = 0; t < count; t++) u[t] = get(streams + (t0 + t) * width, k, width);

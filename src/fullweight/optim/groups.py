@@ -102,9 +102,7 @@ def _check(
     named: Mapping[str, Tensor], trainable: Mapping[str, Tensor], roles: Mapping[str, ParameterRole]
 ) -> None:
     if not trainable:
-        raise TrainingError(
-            "the model has no trainable parameter; leave requires_grad on for what must train"
-        )
+        raise TrainingError("the model has no trainable parameter; leave requires_grad on for what must train")
     without = sorted(trainable.keys() - roles.keys())
     if without:
         raise TrainingError(

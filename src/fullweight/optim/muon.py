@@ -98,9 +98,7 @@ class _Work:
         return self._map(lambda x: x.view(-1, rows, x.shape[-1]))
 
     def _map(self, view: Callable[[Tensor], Tensor]) -> _Work:
-        return replace(
-            self, weight=view(self.weight), gradient=view(self.gradient), momentum=view(self.momentum)
-        )
+        return replace(self, weight=view(self.weight), gradient=view(self.gradient), momentum=view(self.momentum))
 
 
 @dataclass(frozen=True)

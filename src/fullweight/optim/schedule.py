@@ -24,9 +24,7 @@ class ScheduleConfig(Config):
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int | None = Field(None, ge=0, description="steps of warm-up; excludes warmup_fraction")
-    warmup_fraction: float | None = Field(
-        None, ge=0, le=1, description="share of the run's steps, rounded up"
-    )
+    warmup_fraction: float | None = Field(None, ge=0, le=1, description="share of the run's steps, rounded up")
     decay_fraction: float = Field(1.0, gt=0, le=1, description="share of the run, at its end, that decays")
     final_ratio: float = Field(0.1, ge=0, le=1, description="end / peak; a constant schedule ignores it")
 

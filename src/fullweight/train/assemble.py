@@ -26,6 +26,7 @@ from fullweight.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.ops import resolve_operations
 from fullweight.optim.groups import build_optimizers
 from fullweight.parallel.fsdp import shard
 from fullweight.parallel.mesh import Ranks
@@ -85,7 +86,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         prepared=prepared,
     )
     torch.manual_seed(config.train.seed)
-    model = make_model(config, architecture).to(ranks.device)
+    model = make_model(config, architecture, ranks.device.type).to(ranks.device)
     if ranks.mesh is not None:
         shard(model, [*model.layers, *model.mtp], ranks.mesh)
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
@@ -113,12 +114,13 @@ def make_tokenizer(config: RunConfig) -> Tokenizer:
     return train_tokenizer(texts, config.tokenizer.vocab_size, config.data.encoding.name)
 
 
-def make_model(config: RunConfig, architecture: DeepSeekV4Config) -> DeepSeekV4:
-    """The model on the host with fresh weights, or those of the recipe's checkpoint."""
-    dtype = config.train.compute_dtype
+def make_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) -> DeepSeekV4:
+    """The model on the host with fresh weights, or those of the recipe's checkpoint; operations for `device`."""
+    dtype, scope = config.train.compute_dtype, config.train.indexer_loss
+    ops = resolve_operations(config.train.ops, device)
     if config.model.checkpoint is not None:
-        return hf.load_model(config.model.checkpoint, compute_dtype=dtype)
-    return initialise(DeepSeekV4(architecture, dtype), config.train.seed)
+        return hf.load_model(config.model.checkpoint, dtype, ops=ops, indexer_loss=scope)
+    return initialise(DeepSeekV4(architecture, dtype, ops=ops, indexer_loss=scope), config.train.seed)
 
 
 def check_disk(run: Run) -> None:

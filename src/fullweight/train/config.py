@@ -18,6 +18,7 @@ from fullweight.core.errors import ConfigError
 from fullweight.data.loader import DataConfig
 from fullweight.methods import MethodConfig
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.flops import IndexerLoss
 from fullweight.optim.groups import OptimizerConfig
 from fullweight.optim.schedule import ScheduleConfig
 from fullweight.parallel.mesh import DeviceName
@@ -77,6 +78,8 @@ class TrainSection(Config):
     precision: Literal["bf16", "fp32"] = Field("bf16", description="compute; master weights are always fp32")
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
+    ops: str = Field("auto", description="operations by name; auto takes the best for the device")
+    indexer_loss: IndexerLoss = Field("selected", description="entries whose scores the indexer learns from")
     loss: LossConfig = LossConfig()
     peak_flops_per_second: PositiveFloat | None = Field(
         None, description="what 100 % MFU means, all ranks together; measured with a bf16 matmul when absent"

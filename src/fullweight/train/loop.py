@@ -222,7 +222,7 @@ def _one_step(run: Run) -> dict[str, Any]:
     state.tokens += result.num_tokens
     record = step_record(
         result,
-        config=run.architecture,
+        model=run.model,
         learning_rate=rate,
         seconds=phases.seconds,
         peak=run.peak,

@@ -16,8 +16,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import training_flops
+from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.step import StepResult
 
@@ -78,7 +78,7 @@ def memory(device: torch.device) -> dict[str, int]:
 def step_record(
     result: StepResult,
     *,
-    config: DeepSeekV4Config,
+    model: DeepSeekV4,
     learning_rate: float,
     seconds: dict[str, float],
     peak: Peak,
@@ -86,12 +86,12 @@ def step_record(
 ) -> dict[str, Any]:
     """The ledger's values for one step; all ranks call it together.
 
-    `config` says what the FLOPs are, `seconds` is this rank's time by phase, whose sum is the step's wall
+    `model` says what the FLOPs are, `seconds` is this rank's time by phase, whose sum is the step's wall
     time (rank 0's stands for all: ranks wait for each other every step).
     """
     wall = sum(seconds.values())
-    mtp = config.num_nextn_predict_layers > 0
-    own = training_flops(config, result.document_lengths, mtp=mtp).total if result.document_lengths else 0
+    config, lengths, mtp = model.config, result.document_lengths, len(model.mtp) > 0
+    own = training_flops(config, lengths, mtp=mtp, indexer_loss=model.indexer_loss).total if lengths else 0
     flops = float(ranks.reduce(torch.tensor(float(own), dtype=torch.float64)).item())
     rate = flops / wall
     return {
@@ -107,6 +107,7 @@ def step_record(
         "peak": asdict(peak),
         "experts": asdict(expert_load(result.expert_counts)),
         "routing": "natural",
+        "operations": model.ops.name,
         "without_gradient": list(result.without_gradient),
         "unseen_embeddings": result.num_unseen_embeddings,
         "memory": memory(ranks.device),

@@ -29,9 +29,7 @@ def tokenizer():
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = [
-        {"q": f"what is {i} [bold]?", "a": f"<think>hm</think>it is {i}", "id": f"n{i}"} for i in range(30)
-    ]
+    rows = [{"q": f"what is {i} [bold]?", "a": f"<think>hm</think>it is {i}", "id": f"n{i}"} for i in range(30)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
 

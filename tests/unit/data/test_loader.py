@@ -237,9 +237,7 @@ def test_rows_are_made_ahead_and_the_thread_ends(monkeypatch):
 def test_batch_digest_sees_tokens_mask_and_documents():
     """Any difference that training could notice changes the digest; ids do not."""
     store = store_of([4, 4])
-    digests = {
-        batch_digest(make_batch(store, np.array(row), T, (), PAD)) for row in ([0], [1], [0, 1], [1, 0])
-    }
+    digests = {batch_digest(make_batch(store, np.array(row), T, (), PAD)) for row in ([0], [1], [0, 1], [1, 0])}
     assert len(digests) == 4
     batch = make_batch(store, np.array([0]), T, (), PAD)
     longer = store_of([8])

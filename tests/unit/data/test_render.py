@@ -35,9 +35,7 @@ def _cases() -> list[Any]:
         file = tomllib.loads(path.read_text(encoding="utf-8"))
         for case in file["case"]:
             case["expected"] = [
-                text.replace("@TOOLS@", file.get("tools_block", "")).replace(
-                    "@END@", file.get("tools_end", "")
-                )
+                text.replace("@TOOLS@", file.get("tools_block", "")).replace("@END@", file.get("tools_end", ""))
                 for text in case["expected"]
             ]
             cases.append(pytest.param(case, id=case["name"]))
@@ -126,9 +124,7 @@ def test_real_samples_tokenise_like_the_whole_string(
         assert said == (f"{reasoning}</think>" if thinks else "") + shown + "<｜end▁of▁sentence｜>"
 
 
-def test_message_text_never_becomes_a_control_token(
-    tokenizer: Tokenizer, reference: tokenizers.Tokenizer
-) -> None:
+def test_message_text_never_becomes_a_control_token(tokenizer: Tokenizer, reference: tokenizers.Tokenizer) -> None:
     """Every added token, spelled out in each place a user can write to, stays text and survives decoding."""
     added = reference.get_added_tokens_decoder()
     spelled, control = "".join(token.content for token in added.values()), set(added)

@@ -37,9 +37,7 @@ def write(path, *lines):
 
 def test_messages_come_back_with_their_place_and_id(tmp_path):
     """A record is the file's sample, the line it stands on, and its id; without one, a stable one."""
-    path = write(
-        tmp_path / "a.jsonl", {"messages": CHAT, "id": 7, "answer": "2", "other": 1}, {"messages": CHAT}
-    )
+    path = write(tmp_path / "a.jsonl", {"messages": CHAT, "id": 7, "answer": "2", "other": 1}, {"messages": CHAT})
     first, second = samples_of(path)
     assert first.sample == {"messages": CHAT, "id": "7", "answer": "2"}
     assert (first.where, second.where) == (f"{path}:1", f"{path}:2")
@@ -195,9 +193,7 @@ def test_synth_source_is_read_like_a_file():
 def test_digests_see_content_and_nothing_else():
     """Key order, id and answer do not matter; the question is what comes before the first answer."""
     swapped = [dict(reversed(m.items())) for m in CHAT]
-    assert content_digest({"messages": CHAT, "id": "a", "answer": "2"}) == content_digest(
-        {"messages": swapped}
-    )
+    assert content_digest({"messages": CHAT, "id": "a", "answer": "2"}) == content_digest({"messages": swapped})
     other_answer = [CHAT[0], {"role": "assistant", "content": "two"}]
     with_system = [{"role": "system", "content": "s"}, *CHAT]
     longer = [*CHAT, {"role": "user", "content": "and 2+2?"}]

@@ -65,9 +65,7 @@ def best_vertex(rows: list[list[int]], limits: list[int], objective: list[int]) 
             continue
         point = []
         for j in range(n):
-            swapped = [
-                [*row[:j], limit, *row[j + 1 :]] for row, (_, limit) in zip(matrix, chosen, strict=True)
-            ]
+            swapped = [[*row[:j], limit, *row[j + 1 :]] for row, (_, limit) in zip(matrix, chosen, strict=True)]
             point.append(Fraction(determinant(swapped), whole))
         if all(sum(a * x for a, x in zip(row, point, strict=True)) <= limit for row, limit in lines):
             values.append(sum(c * x for c, x in zip(objective, point, strict=True)))
@@ -100,10 +98,7 @@ def knapsack(text: str) -> Fraction:
 def assignment(text: str) -> Fraction:
     table = sentences(text)
     return Fraction(
-        min(
-            sum(row[j] for row, j in zip(table, order, strict=True))
-            for order in permutations(range(len(table)))
-        )
+        min(sum(row[j] for row, j in zip(table, order, strict=True)) for order in permutations(range(len(table))))
     )
 
 
@@ -127,9 +122,7 @@ def shortest_path(text: str) -> Fraction:
     inner = {town for pair in length for town in pair} - {start, goal}
     routes = ((start, *mid, goal) for k in range(len(inner) + 1) for mid in permutations(inner, k))
     usable = (list(pairwise(r)) for r in routes)
-    return Fraction(
-        min(sum(length[leg] for leg in legs) for legs in usable if all(leg in length for leg in legs))
-    )
+    return Fraction(min(sum(length[leg] for leg in legs) for legs in usable if all(leg in length for leg in legs)))
 
 
 def staffing(text: str) -> Fraction:
@@ -149,8 +142,7 @@ def facility(text: str) -> Fraction:
     chosen = (open_sites for k in range(1, len(sites) + 1) for open_sites in combinations(sites, k))
     return Fraction(
         min(
-            sum(s[0] for s in group) + sum(map(min, zip(*(s[1:] for s in group), strict=True)))
-            for group in chosen
+            sum(s[0] for s in group) + sum(map(min, zip(*(s[1:] for s in group), strict=True))) for group in chosen
         )
     )
 
@@ -345,9 +337,7 @@ def test_every_index_is_another_problem(task: str) -> None:
 def test_asking_for_more_than_exist_is_refused() -> None:
     """A task too small for the request says how many problems it has, before any sample is made."""
     assert TASKS["total"].num_problems == 76_800
-    with pytest.raises(
-        DataError, match=r"'total' has 76800 distinct problems and the mixture asks for 76801"
-    ):
+    with pytest.raises(DataError, match=r"'total' has 76800 distinct problems and the mixture asks for 76801"):
         generate(SynthConfig(num_samples=76_801, mixture={"total": 1.0}))
 
 

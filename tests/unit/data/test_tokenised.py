@@ -72,9 +72,7 @@ def test_no_held_out_question_is_trained(tmp_path, tokenizer):
     assert counts.train.samples + counts.held_out.samples == 120
     assert len(prepared.held_out_samples) == 2 * len(questions(prepared.held_out_samples))
 
-    training = source(
-        tmp_path / "t.jsonl", *(chat(f"question {i}", "5") for i in range(20)), chat("question 3")
-    )
+    training = source(tmp_path / "t.jsonl", *(chat(f"question {i}", "5") for i in range(20)), chat("question 3"))
     separate = source(tmp_path / "h.jsonl", chat("question 3"), chat("question 4"), chat("new"))
     prepared = prepare(config(training, held_out=[separate]), tokenizer)
     train, held_out = prepared.counts

@@ -60,9 +60,7 @@ def test_saved_released_tokenizer_is_the_published_file(released: Tokenizer, tmp
     """Saving keeps the release's bytes (published SHA-256) and loads again."""
     released.save(tmp_path / "new" / "folder")
     data = (tmp_path / "new" / "folder" / "tokenizer.json").read_bytes()
-    assert (
-        hashlib.sha256(data).hexdigest() == "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"
-    )
+    assert hashlib.sha256(data).hexdigest() == "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"
     again = load_tokenizer(tmp_path / "new" / "folder")
     assert again.encode(TEXTS[7]) == released.encode(TEXTS[7])
 
@@ -123,9 +121,7 @@ def test_lone_surrogates_become_the_replacement_character(trained: Tokenizer, re
 
 
 @pytest.mark.parametrize("kind", ["trained", "released"])
-def test_transformers_loads_the_saved_files(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_transformers_loads_the_saved_files(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """AutoTokenizer gives the same ids, the same special ids and the same text back."""
     from transformers import AutoTokenizer
 

@@ -54,9 +54,7 @@ def test_published_table(name: str) -> None:
         counted = training_flops_per_token(config, [length], mtp=False, indexer_loss="none") / 1e9
         assert counted == pytest.approx(training, abs=0.06)
         if dense is not None:
-            counted = training_flops_per_token(
-                config, [length], mtp=False, indexer_loss="none", dense_csa=True
-            )
+            counted = training_flops_per_token(config, [length], mtp=False, indexer_loss="none", dense_csa=True)
             assert counted / 1e9 == pytest.approx(dense, abs=0.06 if dense % 1 else 0.5)
 
 

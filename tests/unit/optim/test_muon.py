@@ -90,9 +90,7 @@ def test_stacked_matrices_are_independent() -> None:
     same = [torch.equal(base[e], changed[e]) for e in range(5)]
     assert same == [True, True, True, False, True]
     for expert in range(5):
-        torch.testing.assert_close(
-            base[expert], stepped(start[expert], [gradient[expert]]), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(base[expert], stepped(start[expert], [gradient[expert]]), rtol=0, atol=1e-6)
 
 
 def test_halves_of_one_parameter_are_separate_matrices() -> None:

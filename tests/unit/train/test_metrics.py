@@ -5,6 +5,7 @@ import torch
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import training_flops
+from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.metrics import Peak, expert_load, measure_peak, step_record
 from fullweight.train.step import StepResult
@@ -39,13 +40,14 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
     )
     seconds = {"data": 0.5, "forward": 0.5, "backward": 0.75, "optimizer": 0.25}
     record = step_record(
-        result, config=config, learning_rate=1e-3, seconds=seconds, peak=Peak(1e9, "given"), ranks=ALONE
+        result, model=DeepSeekV4(config), learning_rate=1e-3, seconds=seconds, peak=Peak(1e9, "given"), ranks=ALONE
     )
     flops = training_flops(config, lengths, mtp=True).total
     assert record["tokens_per_second"] == pytest.approx(157 / 2)
     assert record["mfu"] == pytest.approx(flops / 2 / 1e9)
     assert record["seconds"]["total"] == pytest.approx(2.0)
     assert record["routing"] == "natural"
+    assert record["operations"] in ("cpu", "reference")
     assert record["peak"] == {"flops_per_second": 1e9, "source": "given"}
     assert "no padding" in record["mfu_convention"]
 

@@ -79,9 +79,7 @@ def parse_conversation(sample: Mapping[str, Any], encoding: Encoding) -> list[Me
     raw = sample.get("messages")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise DataError(f"{label}: messages must be a non-empty list, found {_show(raw)}")
-    messages = [
-        _parse_message(message, f"{label}, message {i + 1}", encoding) for i, message in enumerate(raw)
-    ]
+    messages = [_parse_message(message, f"{label}, message {i + 1}", encoding) for i, message in enumerate(raw)]
     messages = _with_tools(messages, _tool_schemas(sample.get("tools"), label), label)
     _check_order(messages)
     return _merge_user_turns(messages)
@@ -145,9 +143,7 @@ def _split_thinking(content: str, where: str) -> tuple[str, str]:
     if opens and found:
         return found[1], found[2]
     if opens:
-        raise DataError(
-            f"{where}: <think> is never closed; end the reasoning with </think> or drop the sample"
-        )
+        raise DataError(f"{where}: <think> is never closed; end the reasoning with </think> or drop the sample")
     if "</think>" in content and "<think>" not in content:
         raise DataError(f"{where}: </think> without <think>; put the reasoning into reasoning_content")
     return "", content
@@ -307,9 +303,7 @@ def _list(value: Any, key: str, where: str) -> list[Any]:
 
 def _safe_name(name: Any, what: str, where: str) -> str:
     if not isinstance(name, str) or not name or _UNSAFE_NAME.search(name):
-        raise DataError(
-            f'{where}: {what} must be a string without ", <, > or line breaks, found {_show(name)}'
-        )
+        raise DataError(f'{where}: {what} must be a string without ", <, > or line breaks, found {_show(name)}')
     return name
 
 

@@ -102,8 +102,7 @@ def _facility(rng: random.Random) -> Problem | None:
         )
     )
     lines = [
-        each.format(site, f, listing([f"{c} for {town}" for c, town in zip(row, customers, strict=True)]))
-        + "."
+        each.format(site, f, listing([f"{c} for {town}" for c, town in zip(row, customers, strict=True)])) + "."
         for site, f, row in zip(sites, fixed, costs, strict=True)
     ]
     open_sites = [i for i in range(m) if optimum.plan[i]]
@@ -161,9 +160,7 @@ def _shortest_path(rng: random.Random) -> Problem | None:
         node, length = after[route[-1]]
         route.append(node)
         legs.append(str(length))
-    steps = (
-        f"Best route: {' - '.join(towns[i] for i in route)}. Length: {' + '.join(legs)} = {optimum.value}."
-    )
+    steps = f"Best route: {' - '.join(towns[i] for i in route)}. Length: {' + '.join(legs)} = {optimum.value}."
     question = f"{opening} {'; '.join(facts)}. {closing.format(towns[0], towns[-1])}"
     return optimum_problem(question, steps, optimum)
 
@@ -212,9 +209,7 @@ def _transport(rng: random.Random) -> Problem | None:
         for source, row in zip(sources, costs, strict=True)
     ]
     sent = [
-        f"{format_number(x)} from {sources[k // n]} to {sinks[k % n]}"
-        for k, x in enumerate(optimum.plan)
-        if x
+        f"{format_number(x)} from {sources[k // n]} to {sinks[k % n]}" for k, x in enumerate(optimum.plan) if x
     ]
     steps = f"Send {', '.join(sent)}. Cost: {value_sum(flat, optimum.plan, optimum.value)}."
     return optimum_problem(f"{sentence(offer)}; {demand}. {' '.join(lines)} {closing}", steps, optimum)

@@ -65,9 +65,7 @@ def _diet(rng: random.Random) -> Problem | None:
     optimum = _short_decimals(solve(program))
     if optimum is None:
         return None
-    contents = [
-        listing([f"{h} units of {x}" for h, x in zip(hold, nutrients, strict=True)]) for hold in holds
-    ]
+    contents = [listing([f"{h} units of {x}" for h, x in zip(hold, nutrients, strict=True)]) for hold in holds]
     demand = listing([f"{b} units of {x}" for b, x in zip(needs, nutrients, strict=True)])
     opening, each, closing = rng.choice(
         (
@@ -149,8 +147,7 @@ def _production(rng: random.Random) -> Problem | None:
     aim = [rng.randint(1, 15) for _ in range(n)]
     rows = [[use[i] for use in uses] for i in range(m)]
     limits = [
-        sum(a * x for a, x in zip(row, aim, strict=True)) + rng.choice([0, rng.randint(1, 20)])
-        for row in rows
+        sum(a * x for a, x in zip(row, aim, strict=True)) + rng.choice([0, rng.randint(1, 20)]) for row in rows
     ]
     optimum = _short_decimals(solve(Program(profits, rows, limits, maximise=True)))
     if optimum is None:

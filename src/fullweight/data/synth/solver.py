@@ -80,9 +80,7 @@ def _solve_continuous(program: Program) -> list[Fraction] | None:
     if min(plan + prices + slack + reduced) < 0 or _dot(costs, plan) != -_dot(limits, prices):
         return None
     strict = all((x > 0) != (d > 0) for x, d in zip(plan + prices, reduced + slack, strict=True))
-    tight = [
-        [row[j] for j, x in enumerate(plan) if x > 0] for row, y in zip(rows, prices, strict=True) if y > 0
-    ]
+    tight = [[row[j] for j, x in enumerate(plan) if x > 0] for row, y in zip(rows, prices, strict=True) if y > 0]
     num_used = sum(x > 0 for x in plan)
     # With strict complementarity the optimal points are the solutions of the tight rows in the used
     # variables; full column rank leaves one.
@@ -99,9 +97,7 @@ def _solve_integer(program: Program, upper: Sequence[int]) -> list[int] | None:
     return plan
 
 
-def _integer_plan(
-    costs: np.ndarray, rows: np.ndarray, limits: np.ndarray, upper: np.ndarray
-) -> list[int] | None:
+def _integer_plan(costs: np.ndarray, rows: np.ndarray, limits: np.ndarray, upper: np.ndarray) -> list[int] | None:
     result = milp(
         costs,
         constraints=LinearConstraint(rows, -np.inf, limits),

@@ -107,9 +107,7 @@ def _add(choose: Chooser) -> Problem:
     ones = a % 10 + b % 10
     carry = ones // 10
     tens = a // 10 + b // 10 + carry
-    steps = (
-        f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. Tens: {a // 10} + {b // 10} + {carry} = {tens}."
-    )
+    steps = f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. Tens: {a // 10} + {b // 10} + {carry} = {tens}."
     return Problem(question, steps, str(a + b))
 
 
@@ -168,8 +166,7 @@ def _pairing(choose: Chooser) -> Problem:
     a, b, c, d = choose.pick(_HOURS)
     question = choose.pick(
         (
-            f"Hours: {first} {job} {a}, {other} {b}; {second} {job} {c}, {other} {d}. "
-            "One job each. Fewest hours?",
+            f"Hours: {first} {job} {a}, {other} {b}; {second} {job} {c}, {other} {d}. One job each. Fewest hours?",
             f"{first} can {job} in {a} or {other} in {b}, {second} {job} in {c} or {other} in {d}. "
             "One job each. Least total?",
         )

@@ -30,14 +30,21 @@ if TYPE_CHECKING:
 class CompressorCache:
     """Entries made so far, the open window and the one before it, for B sequences."""
 
-    def __init__(self, num_sequences: int, ratio: int, width: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_sequences: int,
+        ratio: int,
+        width: int,
+        capacity: int,
+        like: Tensor,
+    ) -> None:
         self.ratio, self.overlap = ratio, ratio == CSA_RATIO
         channels = width * (2 if self.overlap else 1)
-        self.entries = torch.zeros(num_sequences, capacity // ratio, width, dtype=dtype)
-        self.counts = torch.zeros(num_sequences, dtype=torch.int64)
+        self.entries = like.new_zeros(num_sequences, capacity // ratio, width)
+        self.counts = torch.zeros(num_sequences, dtype=torch.int64, device=like.device)
         # [B, 2m, channels]: the window before, then the open one
-        self.values = torch.zeros(num_sequences, 2 * ratio, channels)
-        self.gates = torch.zeros(num_sequences, 2 * ratio, channels)
+        self.values = torch.zeros(num_sequences, 2 * ratio, channels, device=like.device)
+        self.gates = torch.zeros_like(self.values)
 
     def fill(self, output: CompressorOutput, layout: PackedLayout) -> None:
         """Take over a packed prefill whose documents are the B sequences."""
@@ -56,7 +63,7 @@ class CompressorCache:
 
     def append(self, compressor: Compressor, x: Tensor, context: DecodeContext) -> tuple[Tensor, Tensor]:
         """Add one token x [B, d] to each sequence; returns entries [B, N, c] and which exist [B, N]."""
-        rows = torch.arange(x.shape[0])
+        rows = torch.arange(x.shape[0], device=x.device)
         slot = self.ratio + context.positions % self.ratio
         values, gates = compressor.project(x)
         self.values[rows, slot], self.gates[rows, slot] = values, gates
@@ -74,21 +81,22 @@ class CompressorCache:
             self.counts += complete
             for cache in (self.values, self.gates):
                 cache[complete, : self.ratio] = cache[complete, self.ratio :]
-        return self.entries, torch.arange(self.entries.shape[1]) < self.counts.unsqueeze(1)
+        place = torch.arange(self.entries.shape[1], device=x.device)
+        return self.entries, place < self.counts.unsqueeze(1)
 
 
 class LayerCache:
     """One layer's memory of B sequences."""
 
     def __init__(
-        self, config: DeepSeekV4Config, layer: int, num_sequences: int, capacity: int, dtype: torch.dtype
+        self, config: DeepSeekV4Config, layer: int, num_sequences: int, capacity: int, like: Tensor
     ) -> None:
         kind, ratio = config.layer_kind(layer), config.compress_ratios[layer]
-        self.window = torch.zeros(num_sequences, config.sliding_window, config.head_dim, dtype=dtype)
+        self.window = like.new_zeros(num_sequences, config.sliding_window, config.head_dim)
         if kind is not LayerKind.SLIDING:
-            self.main = CompressorCache(num_sequences, ratio, config.head_dim, capacity, dtype)
+            self.main = CompressorCache(num_sequences, ratio, config.head_dim, capacity, like)
         if kind is LayerKind.CSA:
-            self.index = CompressorCache(num_sequences, ratio, config.index_head_dim, capacity, dtype)
+            self.index = CompressorCache(num_sequences, ratio, config.index_head_dim, capacity, like)
 
     def fill_window(self, kv: Tensor, layout: PackedLayout) -> None:
         """Keep the last W keys of each document, each at slot position % W."""
@@ -97,14 +105,14 @@ class LayerCache:
         for b, length in enumerate(layout.document_lengths[: layout.num_documents]):
             end += length
             kept = min(length, size)
-            slots = torch.arange(length - kept, length) % size
+            slots = torch.arange(length - kept, length, device=kv.device) % size
             self.window[b, slots] = kv[end - kept : end]
 
     def append_window(self, kv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Add kv [B, c]; returns keys [B, W, c] and which hold a token [B, W]."""
         size = self.window.shape[1]
-        self.window[torch.arange(kv.shape[0]), positions % size] = kv
-        return self.window, torch.arange(size) <= positions.unsqueeze(1)
+        self.window[torch.arange(kv.shape[0], device=kv.device), positions % size] = kv
+        return self.window, torch.arange(size, device=kv.device) <= positions.unsqueeze(1)
 
     def select(self, queries: Tensor, weights: Tensor, keys: Tensor, seen: Tensor, topk: int) -> Tensor:
         """Which entries [B, N] the indexer picks among those `seen`; ties to the lower index."""
@@ -129,21 +137,21 @@ class DecodeContext:
 
 
 class Cache:
-    """All layers' caches of B sequences and how long each sequence is."""
+    """All layers' caches of B sequences and how long each sequence is; `like` gives dtype and device."""
 
-    def __init__(self, config: DeepSeekV4Config, num_sequences: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: DeepSeekV4Config, num_sequences: int, capacity: int, like: Tensor) -> None:
         self.config, self.capacity = config, capacity
-        self.lengths = torch.zeros(num_sequences, dtype=torch.int64)
+        self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=like.device)
         self.layers = [
-            LayerCache(config, layer, num_sequences, capacity, dtype) for layer in range(config.num_hidden_layers)
+            LayerCache(config, layer, num_sequences, capacity, like) for layer in range(config.num_hidden_layers)
         ]
 
     def step(self, tokens: Tensor) -> DecodeContext:
         """Context of one new token per sequence; the lengths grow by one."""
         if int(self.lengths.max()) >= self.capacity:
             raise DataError(f"the cache holds {self.capacity} tokens a sequence and is full")
-        main = frequencies(self.config, compressed=False)
-        compress = frequencies(self.config, compressed=True)
+        main = frequencies(self.config, compressed=False, device=tokens.device)
+        compress = frequencies(self.config, compressed=True, device=tokens.device)
         positions = self.lengths.clone()
         self.lengths += 1
         turned = rotation(positions, main), rotation(positions, compress)
@@ -201,4 +209,4 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         before = ordered.values.cumsum(-1) - ordered.values
         kept = ordered.values.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, ordered.indices, kept)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(-1).to(logits.device)

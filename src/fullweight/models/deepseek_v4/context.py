@@ -6,7 +6,7 @@ output: sums of the indexer's and the balance loss, and how many tokens each exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     from fullweight.models.deepseek_v4.cache import LayerCache
 
 
-@dataclass
 class Auxiliary:
-    """Sums over layers (fp32 scalars) and expert counts [layers, experts] (int64) of one forward pass."""
+    """What the layers of one forward pass report: fp32 loss sums, and int64 expert counts [experts] by layer.
 
-    indexer: list[Tensor] = field(default_factory=list)
-    balance: list[Tensor] = field(default_factory=list)
-    expert_counts: list[Tensor] = field(default_factory=list)
+    No dataclass: sharding wrappers rebuild dataclasses among a block's arguments, and a rebuilt one would not
+    be the one that the model reads in the end.
+    """
+
+    def __init__(self) -> None:
+        self.indexer: list[Tensor] = []
+        self.balance: list[Tensor] = []
+        self.expert_counts: list[Tensor] = []
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +20,13 @@ from fullweight.models.deepseek_v4.block import Block, MtpBlock
 from fullweight.models.deepseek_v4.cache import Cache
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
+from fullweight.models.deepseek_v4.flops import IndexerLoss
 from fullweight.models.deepseek_v4.hyper_connection import hyper_head, register_hyper_head
 from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.moe import MoE, update_bias
 from fullweight.models.deepseek_v4.roles import parameter_role
 from fullweight.ops import resolve_operations
 from fullweight.ops.reference import ReferenceOperations
-
-IndexerLoss = Literal["selected", "visible", "none"]
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class ModelOutput:
 class DeepSeekV4(nn.Module):
     """A DeepSeek-V4 model; weights are uninitialised until `initialise` or a checkpoint fills them.
 
-    `ops` names the set of operations ("auto" picks the fastest here); `indexer_loss` is over "selected"
-    entries (sparse training), all "visible" ones (indexer warm-up) or "none".
+    `ops` is a set of operations or its name ("auto" picks the fastest for a CPU); `indexer_loss` is over
+    "selected" entries (sparse training), all "visible" ones (indexer warm-up) or "none".
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class DeepSeekV4(nn.Module):
         ops: str | ReferenceOperations = "auto",
     ) -> None:
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.indexer_loss = config, compute_dtype, indexer_loss
         self.ops = resolve_operations(ops) if isinstance(ops, str) else ops
         d, eps = config.hidden_size, config.rms_norm_eps
         self.embed = Projection(self.ops, d, config.vocab_size)
@@ -129,10 +127,11 @@ class DeepSeekV4(nn.Module):
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, Cache]:
         """Logits [B, vocabulary] after each prompt and a cache that can grow to `capacity` tokens a sequence."""
         tokens, layout = self._pack(prompts)
-        cache = Cache(self.config, len(prompts), capacity, self.compute_dtype)
+        like = torch.empty(0, dtype=self.compute_dtype, device=tokens.device)
+        cache = Cache(self.config, len(prompts), capacity, like)
         context = self._context(tokens, layout, with_losses=False, cache=cache)
         hidden = self._collapse(self._trunk(context))
-        cache.lengths = torch.tensor(layout.document_lengths)
+        cache.lengths = torch.tensor(layout.document_lengths, device=tokens.device)
         last = torch.cumsum(cache.lengths, 0) - 1
         return self.head(hidden[last]).float(), cache
 
@@ -154,7 +153,8 @@ class DeepSeekV4(nn.Module):
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
             worst = int(tokens.max() if int(tokens.min()) >= 0 else tokens.min())
             raise DataError(f"token id {worst} is outside the vocabulary of {self.config.vocab_size}")
-        return tokens, PackedLayout.build([len(d) for d in documents], self.config.ratios)
+        device = self.norm.weight.device
+        return tokens.to(device), PackedLayout.build([len(d) for d in documents], self.config.ratios).to(device)
 
     def _context(
         self, tokens: Tensor, layout: PackedLayout, with_losses: bool, cache: Cache | None = None
