@@ -3,7 +3,9 @@
 An epoch is shuffled, cut into windows of at most `window` samples, and each window is packed by best fit in
 descending order of length: every sample goes into the fullest row that still has room for it. Lengths are
 ordered by buckets of T/64 tokens with the shuffle deciding inside a bucket, so that each epoch makes
-different rows; in measurements this costs no row against exact ordering. A sample is never split over rows.
+different rows; in measurements this costs no row against exact ordering. Samples shorter than T/8 form one
+bucket: they fill gaps well in any order, and ordered by length they would make rows of one length, which on
+mixed data means rows of one task. A sample is never split over rows.
 
 Every random choice comes from raw PCG64 output, whose stream numpy guarantees across versions, so that a plan
 is a function of (lengths, T, window, seed, epoch) and of nothing else.
@@ -26,6 +28,7 @@ from fullweight.core.errors import DataError
 Indices = NDArray[np.int64]
 
 _BUCKETS_PER_ROW = 64
+_SMALL = 8  # samples below a row's eighth are left in shuffled order
 _ORDER_TAG, _SOURCE_TAG = 0, 1
 
 
@@ -99,7 +102,8 @@ def plan_epoch(
     parts: list[Indices] = []
     for number, start in enumerate(range(0, len(shuffled), window)):
         chunk = shuffled[start : start + window]
-        chunk = chunk[np.argsort(-(lengths[chunk] // bucket), kind="stable")]
+        size = np.maximum(lengths[chunk] // bucket, _BUCKETS_PER_ROW // _SMALL)
+        chunk = chunk[np.argsort(-size, kind="stable")]
         plan = best_fit(lengths[chunk], row_tokens)
         order = permutation(plan.num_rows, seed, _ORDER_TAG, epoch, number)
         parts += [chunk[plan.row(i)] for i in order.tolist()]

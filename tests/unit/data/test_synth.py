@@ -209,6 +209,8 @@ def warm_up_answer(task: str, text: str) -> str:  # noqa: PLR0911
     named = re.findall(r"\b(?!(?:For|Who|Whose|Which|Hours)\b)[A-Z][a-z]{2,}", text)
     if task == "add":
         return str(sum(values))
+    if task == "stops":
+        return str(sum(values) - 14)  # the number of stops is said too
     if task == "total":
         return str(values[0] * values[1])
     if task == "best-offer":
@@ -240,11 +242,13 @@ def test_warm_up_answers_are_right(task: str) -> None:
 
 @pytest.mark.parametrize("task", TIERS["warm-up"])
 def test_warm_up_tasks_are_short_and_many(task: str) -> None:
-    """A problem is short enough for a tiny model and there are tens of thousands of them."""
+    """A problem is short enough for a tiny model and there are tens of thousands of them; `stops` is long on
+    purpose, for a document must exceed 128 tokens to reach the heavily compressed attention."""
     assert TASKS[task].num_problems > 50_000
+    most = 220 if task == "stops" else 75
     for sample in samples(200, **{task: 1.0}):
         text = " ".join(str(v) for m in sample["messages"] for k, v in m.items() if k != "role")
-        assert len(re.findall(r"\w|\W", re.sub(r"[a-z]+|[A-Z][a-z]+", "w", text).replace(" ", ""))) <= 75
+        assert len(re.findall(r"\w|\W", re.sub(r"[a-z]+|[A-Z][a-z]+", "w", text).replace(" ", ""))) <= most
 
 
 def test_carry_is_written_out() -> None:

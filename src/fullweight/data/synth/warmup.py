@@ -25,6 +25,7 @@ JOBS = ("cut", "sew", "pack", "load", "sort", "weld", "paint", "print")
 
 _DIGITS = range(2, 10)
 _TWO_DIGITS = range(10, 100)
+_NUM_STOPS = 14
 # Offers of two quantities at two prices with different totals.
 _OFFERS = [(a, p, b, q) for a in _DIGITS for p in _DIGITS for b in _DIGITS for q in _DIGITS if a * p != b * q]
 # (unit cost, budget) that buys one to nine whole units.
@@ -177,6 +178,23 @@ def _pairing(choose: Chooser) -> Problem:
     return Problem(question, steps, str(least))
 
 
+def _stops(choose: Chooser) -> Problem:
+    name, goods = choose.pick(NAMES), choose.pick(GOODS)
+    loads = [choose.pick(_DIGITS) for _ in range(_NUM_STOPS)]
+    listed = ", ".join(str(load) for load in loads)
+    question = choose.pick(
+        (
+            f"{name} unloads {goods} at {_NUM_STOPS} stops: {listed}. How many in all?",
+            f"At {_NUM_STOPS} stops {name} leaves {listed} {goods}. What is the total?",
+        )
+    )
+    total, steps = loads[0], []
+    for load in loads[1:]:
+        steps.append(f"{total} + {load} = {total + load}.")
+        total += load
+    return Problem(question, " ".join(steps), str(total))
+
+
 WARM_UP_TASKS = (
     WarmUpTask("add", "two-digit addition, the carry written out", _add),
     WarmUpTask("best-offer", "the lowest or highest of three named values", _best_offer),
@@ -185,5 +203,6 @@ WARM_UP_TASKS = (
     WarmUpTask("lookup", "look two prices up in a list and compare them", _lookup),
     WarmUpTask("offers", "compare two totals of quantity times price", _offers),
     WarmUpTask("pairing", "two workers, two jobs: the cheaper of two assignments", _pairing),
+    WarmUpTask("stops", "a long sum, one addition a step (a document of about 180 tokens)", _stops),
     WarmUpTask("total", "one-digit quantity times one-digit price", _total),
 )
