@@ -75,5 +75,7 @@ class MtpBlock(Sublayers):
     def forward(self, streams: Tensor, embedded: Tensor, context: Context) -> Tensor:
         """Trunk streams [T, n, d] and embedded next tokens [T, d] to the head's input [T, d]."""
         token = self.e_proj(self.enorm(embedded)).unsqueeze(1)
-        streams = self.mix(token + self.h_proj(self.hnorm(streams)), context)
+        with keep_recipes() as keep:
+            mixed = token + self.h_proj(keep(self.hnorm, streams))
+        streams = self.mix(mixed, context)
         return self.norm(hyper_head(self, self.config, self.ops, streams))
