@@ -6,11 +6,15 @@ imports no torch: planning and configuration run without it.
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fullweight.api import LoadedModel, load
+
+# torch reads this once, at its first allocation: large tensors on huge pages, which cost fewer faults.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = version("fullweight")
 __all__ = ["LoadedModel", "__version__", "load"]

@@ -17,7 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from fullweight.core.types import CompressionTable, PackedLayout
 from fullweight.ops.cpu_attention import Attend, IndexLoss, select_entries
-from fullweight.ops.native import bound_prepared_products, call, keep_freed_memory, kernels
+from fullweight.ops.native import (
+    bound_prepared_products,
+    call,
+    give_back_freed_memory,
+    keep_freed_memory,
+    kernels,
+)
 from fullweight.ops.reference import AttentionOutput, Compressed, HyperOutput, ReferenceOperations
 
 LOGITS = 1 << 22  # logits that exist at the same time
@@ -41,6 +47,9 @@ class CpuOperations(ReferenceOperations):
         kernels()
         bound_prepared_products()
         keep_freed_memory()
+
+    def end_phase(self) -> None:
+        give_back_freed_memory()
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return CastLinear.apply(x, weight)

@@ -23,6 +23,7 @@ from torch import Tensor
 from fullweight.core.errors import OperationError
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+LARGE_PROCESS = 1_500_000_000  # resident bytes from which freed memory is worth giving back
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 
 
@@ -111,22 +112,32 @@ def _loaded_openmp() -> str | None:
 
 
 def bound_prepared_products() -> None:
-    """Let oneDNN keep 256 prepared products instead of 1,024, at about 0.35 MB each, unless the user says."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    """Let oneDNN keep 128 prepared products instead of 1,024, at about 0.35 MB each, unless the user says."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed blocks of up to 8 MB for reuse; True where that is possible.
+    """Ask glibc not to give large blocks back at every free; True where that is possible.
 
-    By default the limit wanders with the sizes that were freed, and a freed block may go back to the kernel:
-    the next tensor of its size then pays for fresh zeroed pages. Keeping every block, however large, would be
-    fastest (about a fifth of a step at 4,096 tokens of the `bench` preset), but holes between large blocks
-    then add a quarter to the peak; blocks above 8 MB are mapped and given back exactly.
+    By default a freed block of more than 32 MB returns to the kernel, and the next tensor of that size pays for
+    fresh zeroed pages: several times the cost of the arithmetic in a large element-wise operation.
     """
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    settings = ((mmap_threshold, 8 << 20), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20))
+    settings = ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20))
     return min(mallopt(option, value) for option, value in settings) == 1
+
+
+def give_back_freed_memory() -> None:
+    """Return whole free pages to the kernel, where glibc keeps them and the process has grown large.
+
+    Once a phase this costs milliseconds and keeps the holes that one phase leaves out of the next one's peak.
+    """
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE_PROCESS:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -106,8 +106,10 @@ def training_step(
         for name, value in output.losses.items():
             sums[name] = sums.get(name, 0) + value.detach().double()
         expert_counts = output.expert_counts if expert_counts is None else expert_counts + output.expert_counts
+        model.ops.end_phase()  # type: ignore[union-attr,operator]
         phases.end("forward")
         total.backward()
+        model.ops.end_phase()  # type: ignore[union-attr,operator]
         phases.end("backward")
     assert expert_counts is not None, "a step needs at least one micro-batch"
 
@@ -122,6 +124,7 @@ def training_step(
         model.update_router_bias(expert_counts, losses.router_bias_speed)  # type: ignore[operator]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    model.ops.end_phase()  # type: ignore[union-attr,operator]
     phases.end("optimizer")
     return StepResult(
         losses=means,

@@ -248,6 +248,7 @@ def test_batch_digest_sees_tokens_mask_and_documents():
     assert batch_digest(batch) not in digests
 
 
+@pytest.mark.shared_data
 def test_real_data_packs_to_97_percent():
     """The 200 OR samples, released tokenizer, T = 8192: at least 97 % real tokens in each of three epochs."""
     file = {

@@ -102,6 +102,7 @@ def test_tokens_and_mask_equal_the_whole_string_tokenised(
         assert sample.loss_mask == [trained[start] for start, _ in whole.offsets]
 
 
+@pytest.mark.shared_data
 @pytest.mark.parametrize("mode", ["thinking", "chat", "auto"])
 def test_real_samples_tokenise_like_the_whole_string(
     mode: str, tokenizer: Tokenizer, reference: tokenizers.Tokenizer

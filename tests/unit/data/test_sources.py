@@ -84,6 +84,7 @@ def test_parquet_equals_json_lines(tmp_path):
     assert from_parquet[1].where.endswith("a.parquet row 2")
 
 
+@pytest.mark.shared_data
 def test_a_published_parquet_file_opens():
     """The NL4OPT test set: each row read, with the columns that the file names itself."""
     path = SHARED / "nl4opt_test.parquet"
