@@ -135,7 +135,7 @@ def _version(name: str) -> str | None:
 
 def _commit() -> dict[str, Any]:
     """Commit of the code's own source tree, and whether files differ from it."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     try:
         commit = _git(here, "rev-parse", "HEAD")
         changed = _git(here, "status", "--porcelain", "--untracked-files=no", ".")
