@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.methods import SFT
+from fullweight.ops.reference import ReferenceOperations
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard, GuardConfig
 from fullweight.train.step import LossConfig, Phases, StepResult, training_step, weighted_total
@@ -29,6 +30,7 @@ class Line(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.ops = ReferenceOperations()
         self.weight = nn.Parameter(torch.tensor([2.0]))
         self.idle = nn.Parameter(torch.tensor([1.0]))
         self.config = dataclasses.make_dataclass("C", [("vocab_size", int)])(10)
