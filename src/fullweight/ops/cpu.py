@@ -28,6 +28,7 @@ from fullweight.ops.reference import AttentionOutput, Compressed, HyperOutput, R
 
 LOGITS = 1 << 22  # logits that exist at the same time
 COMPILED_STREAMS = (1, 2, 4)
+MOST_PAIRS = 512  # rotary pairs that the kernel's buffer holds
 
 
 def _threads() -> int:
@@ -233,6 +234,7 @@ class NormRotary(torch.autograd.Function):
             rows // x.shape[0] if x.shape[0] else 1,
             cos.shape[-1] if cos is not None else 0,
         )
+        assert ctx.sizes[-1] <= MOST_PAIRS, "the kernel turns a row's pairs in a buffer of fixed size"
         wide = weight.detach().float().contiguous() if weight is not None else None
         tables = (wide, cos, sin)
         call(
