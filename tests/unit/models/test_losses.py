@@ -137,6 +137,32 @@ def test_indexer_learns_from_its_own_loss_alone(scope: IndexerLoss) -> None:
     assert reached == {n for n in named if ".indexer." not in n}
 
 
+@pytest.mark.parametrize("ops", available_operations())
+def test_dense_csa_reads_every_visible_entry(ops: str) -> None:
+    """The warm-up's dense attention equals the formulas of a model whose indexer selects everything.
+
+    Losses and gradients, as above; without losses (evaluation, generation) the model selects as always.
+    """
+    model = _model(indexer_loss="visible", ops=ops)
+    wide = DeepSeekV4(_config(index_topk=1000), ops="reference")
+    wide.load_state_dict(model.state_dict())
+    documents = draw_documents(model, LENGTHS, 5)
+    sums, weights = _dense_sums(wide, documents, [[1.0] * n for n in LENGTHS], "visible")
+    sum((sums.total(k) for k in ("lm", "mtp", "indexer", "balance")), torch.zeros(())).backward()
+    batch = make_batch(documents, model.config)
+    sparse = model(batch, with_losses=False).losses["lm"].item()
+    model.dense_csa = True
+    assert model(batch, with_losses=False).losses["lm"].item() == sparse
+    output = model(batch)
+    assert abs(output.losses["lm"].item() - sparse) > 1e-4 * sparse, "the case must tell the two apart"
+    sum(output.losses.values(), torch.zeros(())).backward()
+    for name, value in output.losses.items():
+        assert float(value.detach()) == pytest.approx(float(sums.total(name).detach()), rel=2e-5), name
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        assert float((parameter.grad - expected).norm() / expected.norm()) <= 2e-4, name
+
+
 def _indexer_loss(model: DeepSeekV4, document: list[int]) -> float:
     return model(make_batch([document], model.config)).losses["indexer"].item()
 

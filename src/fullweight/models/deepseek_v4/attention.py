@@ -17,6 +17,7 @@ from fullweight.models.deepseek_v4.context import Context
 from fullweight.models.deepseek_v4.indexer import Indexer, IndexerOutput
 from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.rotary import Rotation
+from fullweight.ops.recompute import keep
 from fullweight.ops.reference import AttentionOutput, Compressed, ReferenceOperations
 
 
@@ -51,10 +52,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context | DecodeContext) -> Tensor:
         """x [T, d] -> [T, d]; in a DecodeContext T counts sequences, one new token each."""
         rotation = context.main if self.kind is LayerKind.SLIDING else context.compress
-        latent = self.q_norm(self.wq_a(x))
-        q = self.wq_b(latent).view(x.shape[0], self.config.num_attention_heads, self.config.head_dim)
-        q = self.ops.norm_rotary(q, None, self.config.rms_norm_eps, rotation.cos, rotation.sin)
-        kv = self.ops.norm_rotary(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, rotation.cos, rotation.sin)
+        latent = keep(self.q_norm, self.wq_a(x))
+        q = keep(self._turn_queries, keep(self._queries, latent), rotation.cos, rotation.sin)
+        kv = keep(self._turn_keys, self.wkv(x), rotation.cos, rotation.sin)
         if isinstance(context, DecodeContext):
             out = self._decode(x, latent, q, kv, context)
             out = self.ops.rotary(out, rotation.cos, -rotation.sin)
@@ -62,6 +62,15 @@ class Attention(nn.Module):
             out = self._packed(x, latent, q, kv, rotation, context)
         groups = self.config.o_groups
         return self.wo_b(self.wo_a(out.reshape(x.shape[0], groups, -1) if groups > 1 else out.flatten(1)))
+
+    def _queries(self, latent: Tensor) -> Tensor:
+        return self.wq_b(latent).view(-1, self.config.num_attention_heads, self.config.head_dim)
+
+    def _turn_queries(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.ops.norm_rotary(q, None, self.config.rms_norm_eps, cos, sin)
+
+    def _turn_keys(self, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.ops.norm_rotary(kv, self.kv_norm.weight, self.kv_norm.eps, cos, sin)
 
     def _packed(
         self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, rotation: Rotation, context: Context
@@ -75,7 +84,8 @@ class Attention(nn.Module):
             pooled = self.compressor(x, table, entry_rotation)
             if self.kind is LayerKind.CSA:
                 index = self.indexer(x, latent, table, context.compress, entry_rotation)
-            compressed = Compressed(pooled.entries, table, index.selected if index is not None else None)
+            selected = index.selected if index is not None and not context.dense_csa else None
+            compressed = Compressed(pooled.entries, table, selected)
             if capture is not None:
                 capture.main.fill(pooled, context.layout)
                 if index is not None:

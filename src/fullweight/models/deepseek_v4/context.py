@@ -46,6 +46,7 @@ class Context:
     entries: dict[int, Rotation]  # by ratio, at the entries' positions
     aux: Auxiliary
     with_losses: bool
+    dense_csa: bool = False  # CSA reads every visible entry, not the indexer's choice
     capture: list[LayerCache] | None = None  # one per layer, filled during a prefill
 
     @staticmethod
@@ -55,6 +56,8 @@ class Context:
         layout: PackedLayout,
         with_losses: bool,
         capture: list[LayerCache] | None = None,
+        *,
+        dense_csa: bool = False,
     ) -> Context:
         device = tokens.device
         main = frequencies(config, compressed=False, device=device)
@@ -70,5 +73,6 @@ class Context:
             entries={r: rotation(t.entry_positions, compress) for r, t in layout.tables.items()},
             aux=Auxiliary(),
             with_losses=with_losses,
+            dense_csa=dense_csa,
             capture=capture,
         )

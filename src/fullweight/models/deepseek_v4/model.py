@@ -48,8 +48,12 @@ class DeepSeekV4(nn.Module):
     """A DeepSeek-V4 model; weights are uninitialised until `initialise` or a checkpoint fills them.
 
     `ops` is a set of operations or its name ("auto" picks the fastest for a CPU); `indexer_loss` is over
-    "selected" entries (sparse training), all "visible" ones (indexer warm-up) or "none".
+    "selected" entries (sparse training), all "visible" ones (indexer warm-up) or "none". With `dense_csa` set
+    (not with "selected"), CSA layers read every visible entry wherever losses are computed: DeepSeek-V3.2's
+    dense warm-up.
     """
+
+    dense_csa: bool = False
 
     def __init__(
         self,
@@ -100,9 +104,12 @@ class DeepSeekV4(nn.Module):
         }
 
     def update_router_bias(self, expert_counts: Tensor, speed: float) -> None:
-        """Move each scored router's bias against the load; expert_counts as in ModelOutput, summed globally."""
+        """Move each scored router's bias against the load unless it is frozen (`Gate.bias_trains`).
+
+        expert_counts are as in ModelOutput, summed over the global batch.
+        """
         for moe, counts in zip(self.moe_layers(), expert_counts, strict=True):
-            if not moe.gate.hashed:
+            if moe.gate.bias_trains:
                 update_bias(moe.gate.get_buffer("bias"), counts, speed)
 
     def moe_layers(self) -> list[MoE]:
@@ -163,7 +170,8 @@ class DeepSeekV4(nn.Module):
         if missing:
             raise ConfigError(f"the packed layout has no table for compression ratios {sorted(missing)}")
         capture = cache.layers if cache is not None else None
-        return Context.build(self.config, tokens, layout, with_losses, capture)
+        dense = self.dense_csa and with_losses
+        return Context.build(self.config, tokens, layout, with_losses, capture, dense_csa=dense)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         embedded = nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)

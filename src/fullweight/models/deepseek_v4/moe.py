@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fullweight.models.deepseek_v4.cache import DecodeContext
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
+from fullweight.ops.recompute import keep
 from fullweight.ops.reference import ReferenceOperations
 
 
@@ -24,6 +25,7 @@ class Gate(nn.Module):
     def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, hashed: bool) -> None:
         super().__init__()
         self.config, self.ops, self.hashed = config, ops, hashed
+        self.bias_trains = not hashed
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if hashed:
             shape = (config.vocab_size, config.num_experts_per_tok)
@@ -73,7 +75,10 @@ class SharedExpert(nn.Module):
         self.down = nn.Parameter(torch.empty(d, f))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(self.ops.swiglu(self.ops.linear(x, self.gate_up), self.limit), self.down)
+        return self.ops.linear(keep(self._activate, self.ops.linear(x, self.gate_up)), self.down)
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
+        return self.ops.swiglu(gate_up, self.limit)
 
 
 class MoE(nn.Module):
