@@ -1,6 +1,6 @@
-"""Compile cpu_kernels.cpp once per machine and call it.
+"""Compile C++ kernels once per machine and call them: cpu_kernels.cpp here, others by their path.
 
-The source has no dependency but a C++ compiler; it is compiled in seconds for the processor it runs on and
+A source has no dependency but a C++ compiler; it is compiled in seconds for the processor it runs on and
 kept in a cache folder, under a name that holds the hash of the source, the compiler and the processor's
 features. OpenMP is the copy that torch has already loaded: two copies would each keep a pool of threads.
 """
@@ -43,13 +43,19 @@ def cache_folder() -> Path:
 
 @functools.cache
 def kernels() -> ctypes.CDLL:
-    """The loaded library; raises OperationError saying what is missing when it cannot be built."""
+    """The library of cpu_kernels.cpp."""
+    return load_library(SOURCE)
+
+
+@functools.cache
+def load_library(source: Path) -> ctypes.CDLL:
+    """The library compiled from `source`; raises OperationError saying what is missing when it cannot be built."""
     compiler = find_compiler()
     if compiler is None:
-        raise OperationError("the cpu operations need a C++ compiler (c++, g++ or clang++ on PATH, or $CXX)")
-    library = cache_folder() / f"cpu_kernels-{_fingerprint(compiler)}.so"
+        raise OperationError("compiled kernels need a C++ compiler (c++, g++ or clang++ on PATH, or $CXX)")
+    library = cache_folder() / f"{source.stem}-{_fingerprint(compiler, source)}.so"
     if not library.exists():
-        _compile(compiler, library)
+        _compile(compiler, source, library)
     openmp = _loaded_openmp()
     if openmp is not None:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
@@ -74,7 +80,7 @@ def _argument(value: Tensor | int | float | None) -> object:
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
@@ -82,16 +88,16 @@ def _compile(compiler: str, library: Path) -> None:
         link = [compiler, "-shared", str(compiled), "-o", str(linked)]
         if _loaded_openmp() is None:
             link.append("-fopenmp")
-        for command in ([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)], link):
+        for command in ([compiler, *FLAGS, "-c", str(source), "-o", str(compiled)], link):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise OperationError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         os.replace(linked, library)
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, source: Path) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), version, " ".join(FLAGS), _processor(), torch.__version__)
+    parts = (source.read_text(encoding="utf-8"), version, " ".join(FLAGS), _processor(), torch.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
