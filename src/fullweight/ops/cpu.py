@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fullweight.core.types import CompressionTable, PackedLayout
-from fullweight.ops.cpu_attention import Attend, IndexLoss, select_entries
+from fullweight.ops.cpu_attention import Attend, IndexLoss, gather_rows, select_entries
 from fullweight.ops.native import (
     bound_prepared_products,
     call,
@@ -88,6 +88,15 @@ class CpuOperations(ReferenceOperations):
         if streams.shape[1] not in COMPILED_STREAMS or not _compiled(streams, fn):
             return super().hyper_pre(streams, fn, base, scale, iters, eps, norm_eps)
         return HyperOutput(*HyperPre.apply(streams, fn, base, scale, iters, eps, norm_eps))
+
+    def hyper_mix(self, streams: Tensor, pre: Tensor) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and (streams.requires_grad or pre.requires_grad)
+        if needs_gradient or streams.shape[1] not in COMPILED_STREAMS or not _compiled(streams, pre):
+            return super().hyper_mix(streams, pre)
+        streams, (tokens, n, d) = streams.contiguous(), streams.shape
+        x = streams.new_empty(tokens, d)
+        call("hyper_mix", streams, pre, x, tokens, d, _threads(), n, dtype=streams.dtype)
+        return x
 
     def hyper_post(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         if streams.shape[1] not in COMPILED_STREAMS or not _compiled(streams, post):
@@ -248,23 +257,19 @@ class NormRotary(torch.autograd.Function):
             _threads(),
             dtype=x.dtype,
         )
-        # without a weight the output alone gives back the normed row, and its reader keeps it anyway
-        ctx.from_output = weight is None
-        saved = None if eps is None else out if ctx.from_output else x
-        ctx.save_for_backward(saved, weight, cos, sin, rstd)
+        ctx.save_for_backward(x if eps is not None else None, weight, cos, sin, rstd)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, weight, cos, sin, rstd = ctx.saved_tensors
+        x, weight, cos, sin, rstd = ctx.saved_tensors
         grad = grad.contiguous()
         dx = torch.empty_like(grad)
         wide = weight.detach().float().contiguous() if weight is not None else None
         dweight = torch.zeros(_threads(), ctx.sizes[1]) if weight is not None else None
-        inputs = (grad, saved, wide, cos, sin, rstd)
-        sizes = (*ctx.sizes, int(ctx.from_output), _threads())
-        call("norm_rotary_backward", *inputs, dx, dweight, *sizes, dtype=grad.dtype)
+        inputs = (grad, x, wide, cos, sin, rstd)
+        call("norm_rotary_backward", *inputs, dx, dweight, *ctx.sizes, _threads(), dtype=grad.dtype)
         return dx, dweight.sum(0).to(weight.dtype) if dweight is not None else None, None, None, None
 
 
@@ -298,7 +303,7 @@ def swiglu_rows(gate_up: Tensor, scale: Tensor | None, limit: float) -> Tensor:
 
 
 class HyperPre(torch.autograd.Function):
-    """(input [T, d], post [T, n], comb [T, n, n])."""
+    """(input [T, d], post [T, n], comb [T, n, n], pre [T, n])."""
 
     @staticmethod
     def forward(
@@ -310,7 +315,7 @@ class HyperPre(torch.autograd.Function):
         iters: int,
         eps: float,
         norm_eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         streams = streams.contiguous()
         tokens, n, d = streams.shape
         x = streams.new_empty(tokens, d)
@@ -321,11 +326,12 @@ class HyperPre(torch.autograd.Function):
         call("hyper_pre_forward", streams, fn, base, scale, *results, *sizes, dtype=streams.dtype)
         ctx.save_for_backward(streams, fn, base, scale, pre, logits, rstd)
         ctx.iters, ctx.eps = iters, eps
-        return x, post, comb
+        ctx.mark_non_differentiable(pre)
+        return x, post, comb, pre
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor, dpost: Tensor, dcomb: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx: Tensor, dpost: Tensor, dcomb: Tensor, _dpre: Tensor) -> tuple[Tensor | None, ...]:
         streams, fn, base, scale, pre, logits, rstd = ctx.saved_tensors
         tokens, n, d = streams.shape
         threads = _threads()
@@ -437,7 +443,7 @@ class ExpertMixture(torch.autograd.Function):
         plan = DispatchPlan.of(chosen, gate_up.shape[0])
         scale = torch.zeros(plan.num_rows)
         scale[plan.place] = weights.detach().float().flatten()
-        hidden = _by_expert(x.index_select(0, plan.token), gate_up, plan.counts, transpose=True)
+        hidden = _by_expert(gather_rows(x, plan.token), gate_up, plan.counts, transpose=True)
         out_rows = _by_expert(swiglu_rows(hidden, scale, limit), down, plan.counts, transpose=True)
         ctx.save_for_backward(x, hidden, scale, gate_up, down)
         ctx.plan, ctx.limit, ctx.top_k, ctx.weights_dtype = plan, limit, top_k, weights.dtype
@@ -448,7 +454,7 @@ class ExpertMixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, scale, gate_up, down = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
-        grad_rows = grad.index_select(0, plan.token)
+        grad_rows = gather_rows(grad, plan.token)
         dactivation = _by_expert(grad_rows, down, plan.counts, transpose=False)
         dhidden, activation = torch.empty_like(hidden), torch.empty_like(dactivation)
         dscale = torch.empty_like(scale)
@@ -457,7 +463,7 @@ class ExpertMixture(torch.autograd.Function):
         buffers = (dactivation, hidden, scale, dhidden, dscale, activation)
         call("swiglu_backward", *buffers, *sizes, dtype=x.dtype)
         ddown = _weight_gradient(grad_rows, activation, down, plan.counts)
-        dgate_up = _weight_gradient(dhidden, x.index_select(0, plan.token), gate_up, plan.counts)
+        dgate_up = _weight_gradient(dhidden, gather_rows(x, plan.token), gate_up, plan.counts)
         drows = _by_expert(dhidden, gate_up, plan.counts, transpose=False)
         dx = _combine(drows, plan.place, x.shape[0], ctx.top_k)
         dweights = dscale[plan.place].view(-1, ctx.top_k).to(ctx.weights_dtype)

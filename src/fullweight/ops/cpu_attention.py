@@ -115,8 +115,7 @@ def chunked(q: Tensor, kv: Tensor, geometry: Geometry, compressed: Compressed | 
             low, high = geometry.entry_low[a:b], geometry.entry_high[a:b]
             if compressed.selected is not None:
                 index = _selected_rows(compressed.selected, a, b)
-                entries = compressed.entries.index_select(0, index.clamp(min=0).flatten())
-                entries = entries.view(b - a, -1, entries.shape[-1])
+                entries = gather_rows(compressed.entries, index)
             else:
                 first, last = entry_span(compressed.table, a, b)
                 entries = compressed.entries[first:last]
@@ -296,6 +295,22 @@ def _add_entries(
     add_rows(dentries, _selected_rows(selected, chunk.start, chunk.stop), rows)
 
 
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], and row 0 where index < 0; rows [R, c], index [...] -> [..., c]."""
+    out, rows = rows.new_empty(*index.shape, rows.shape[1]), rows.contiguous()
+    call(
+        "gather",
+        rows,
+        index.contiguous(),
+        out,
+        index.numel(),
+        rows.shape[1],
+        torch.get_num_threads(),
+        dtype=rows.dtype,
+    )
+    return out
+
+
 def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
     """out[index] += rows for index >= 0; out [E, c] fp32, index [..., k], rows [..., k, c]."""
     count, width = index.numel(), out.shape[1]
@@ -337,7 +352,7 @@ class IndexLoss(torch.autograd.Function):
         mass: Tensor,
         num_tokens: int,
     ) -> Tensor:
-        _, heads, width = queries.shape
+        heads = queries.shape[1]
         k, threads = selected.shape[1], torch.get_num_threads()
         wide = weights.detach().float().contiguous()
         dqueries, dkeys = torch.zeros_like(queries), torch.zeros(keys.shape)
@@ -347,7 +362,7 @@ class IndexLoss(torch.autograd.Function):
         for a in range(0, num_tokens if k else 0, CHUNK):
             b = min(a + CHUNK, num_tokens)
             index = selected[a:b]
-            picked = keys.index_select(0, index.clamp(min=0).flatten()).view(b - a, k, width)
+            picked = gather_rows(keys, index)
             products = torch.bmm(queries[a:b], picked.transpose(1, 2))
             counts = (index >= 0).sum(1, dtype=torch.int32)
             losses.zero_()

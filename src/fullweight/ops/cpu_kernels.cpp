@@ -136,12 +136,11 @@ inline void unrotate(float* row, const float* c, const float* s, int64_t pairs) 
   }
 }
 
-// dx, and dweight [threads, dim] zeroed by the caller. `saved` is x, or where `from_output` (no weight) the
-// forward's output, from which the normed row is turned back.
+// dx, and dweight [threads, dim] zeroed by the caller.
 template <class T>
-void norm_rotary_backward(const T* dout, const T* saved, const float* weight, const float* cosine,
+void norm_rotary_backward(const T* dout, const T* x, const float* weight, const float* cosine,
                           const float* sine, const float* rstd, T* dx, float* dweight, int64_t rows,
-                          int64_t dim, int64_t per_token, int64_t pairs, int from_output, int threads) {
+                          int64_t dim, int64_t per_token, int64_t pairs, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> grad((dim + L - 1) / L * L), normed(grad.size());
@@ -156,9 +155,8 @@ void norm_rotary_backward(const T* dout, const T* saved, const float* weight, co
         for (int64_t i = 0; i < dim; i += L) put(dx + r * dim, i, dim, get(grad.data(), i, dim));
         continue;
       }
-      const float scale = rstd[r], restore = from_output ? 1.0f : scale;
-      for (int64_t i = 0; i < dim; i += L) put(normed.data(), i, dim, get(saved + r * dim, i, dim) * restore);
-      if (from_output && cosine) unrotate(normed.data() + dim - 2 * pairs, c, s, pairs);
+      const float scale = rstd[r];
+      for (int64_t i = 0; i < dim; i += L) put(normed.data(), i, dim, get(x + r * dim, i, dim) * scale);
       vf dot = {};
       for (int64_t i = 0; i < dim; i += L) {
         vf g = get(grad.data(), i, dim), v = get(normed.data(), i, dim);
@@ -296,6 +294,22 @@ void row_softmax(vf* m) {
   }
 }
 
+// x [d] = sum_i pre[i] * streams[i]; one token.
+template <class T, int N>
+inline void mix_streams(const T* streams, const float* pre, T* x, int64_t d) {
+  for (int64_t k = 0; k < d; k += L) {
+    vf s = {};
+    for (int i = 0; i < N; i++) s += pre[i] * get(streams + i * d, k, d);
+    put(x, k, d, s);
+  }
+}
+
+template <class T, int N>
+void hyper_mix(const T* streams, const float* pre, T* x, int64_t tokens, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < tokens; t++) mix_streams<T, N>(streams + t * N * d, pre + t * N, x + t * d, d);
+}
+
 // logits [T, M] (saved), rstd [T], x [T, d], pre [T, N], post [T, N], comb [T, N, N]; M = (2+N)N. HEAD collapses
 // the streams for good: M = N, and there is no post or comb.
 template <class T, int N, bool HEAD>
@@ -327,12 +341,7 @@ void hyper_pre_forward(const T* streams, const float* fn, const float* base, con
       for (int i = 0; i < N * N; i++)
         for (int64_t t = 0; t < count; t++) comb[(t0 + t) * N * N + i] = m[i][t];
     }
-    for (int64_t t = t0; t < t0 + count; t++)
-      for (int64_t k = 0; k < d; k += L) {
-        vf s = {};
-        for (int i = 0; i < N; i++) s += pre[t * N + i] * get(streams + (t * N + i) * d, k, d);
-        put(x + t * d, k, d, s);
-      }
+    for (int64_t t = t0; t < t0 + count; t++) mix_streams<T, N>(streams + t * N * d, pre + t * N, x + t * d, d);
   }
 }
 
@@ -785,6 +794,14 @@ void compress_backward(const float* dout, const float* values, const float* gate
 
 // ---- experts and head --------------------------------------------------------------------------------
 
+// out[i] = rows[index[i]], row 0 for a negative index.
+template <class T>
+void gather(const T* rows, const int64_t* index, T* out, int64_t count, int64_t dim, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < count; i++)
+    std::memcpy(out + i * dim, rows + std::max<int64_t>(index[i], 0) * dim, dim * sizeof(T));
+}
+
 // out[t] = sum_k rows[place[t, k]].
 template <class T>
 void combine(const T* rows, const int64_t* place, T* out, int64_t tokens, int64_t k, int64_t dim, int threads) {
@@ -841,9 +858,9 @@ BOTH(norm_rotary_forward,
      (H(x), w, c, s, H(out), rstd, rows, dim, per_token, pairs, eps, threads))
 BOTH(norm_rotary_backward,
      (void* dout, void* x, float* w, float* c, float* s, float* rstd, void* dx, float* dw, int64_t rows,
-      int64_t dim, int64_t per_token, int64_t pairs, int from_output, int threads),
-     (F(dout), F(x), w, c, s, rstd, F(dx), dw, rows, dim, per_token, pairs, from_output, threads),
-     (H(dout), H(x), w, c, s, rstd, H(dx), dw, rows, dim, per_token, pairs, from_output, threads))
+      int64_t dim, int64_t per_token, int64_t pairs, int threads),
+     (F(dout), F(x), w, c, s, rstd, F(dx), dw, rows, dim, per_token, pairs, threads),
+     (H(dout), H(x), w, c, s, rstd, H(dx), dw, rows, dim, per_token, pairs, threads))
 BOTH(swiglu_forward,
      (void* g, float* scale, void* out, int64_t rows, int64_t f, float limit, int threads),
      (F(g), scale, F(out), rows, f, limit, threads), (H(g), scale, H(out), rows, f, limit, threads))
@@ -876,6 +893,8 @@ BOTH(index_loss,
       int64_t heads, int64_t k, int threads),
      (F(p), w, counts, mass, dw, losses, tokens, heads, k, threads),
      (H(p), w, counts, mass, dw, losses, tokens, heads, k, threads))
+BOTH(gather, (void* rows, int64_t* index, void* out, int64_t count, int64_t dim, int threads),
+     (F(rows), index, F(out), count, dim, threads), (H(rows), index, H(out), count, dim, threads))
 BOTH(combine, (void* rows, int64_t* place, void* out, int64_t tokens, int64_t k, int64_t dim, int threads),
      (F(rows), place, F(out), tokens, k, dim, threads), (H(rows), place, H(out), tokens, k, dim, threads))
 BOTH(cross_entropy,
@@ -929,6 +948,9 @@ extern "C" void compress_backward_f(float* d, float* v, float* g, float* ape, in
     STREAMS((hyper_pre_backward<T, N, true>(s, fn, base, scale, pre, logits, rstd, dx, nullptr, nullptr, ds,   \
                                             dfn, dbase, dscale, tokens, d, 0, 0.0f, threads)))                 \
   }                                                                                                            \
+  extern "C" void hyper_mix_##suffix(T* s, float* pre, T* x, int64_t tokens, int64_t d, int threads, int n) {  \
+    STREAMS((hyper_mix<T, N>(s, pre, x, tokens, d, threads)))                                                \
+  }                                                                                                          \
   extern "C" void hyper_post_forward_##suffix(T* s, T* y, float* post, float* comb, T* out, int64_t tokens,  \
                                               int64_t d, int threads, int n) {                               \
     STREAMS((hyper_post_forward<T, N>(s, y, post, comb, out, tokens, d, threads)))                           \

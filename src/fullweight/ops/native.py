@@ -23,7 +23,7 @@ from torch import Tensor
 from fullweight.core.errors import OperationError
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-LARGE_PROCESS = 1_500_000_000  # resident bytes from which freed memory is worth giving back
+LARGE_PROCESS = 2_000_000_000  # resident bytes above which freed memory is given back between phases
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 
 

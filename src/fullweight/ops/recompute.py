@@ -1,10 +1,11 @@
 """Keep how a tensor was made instead of the tensor.
 
-Some results are cheap to make again from inputs that autograd keeps anyway: a norm's output, the streams between
-two sublayers. Inside `keep_recipes()`, `keep(function, *inputs)` runs the function and, wherever backward would
-keep its result, keeps the call instead; the first backward that needs the result runs it again, and all share it.
-This costs a few element-wise passes and saves a third of the activations; full activation checkpointing, by
-contrast, repeats the matrix products.
+Some results are cheap to make again from what autograd keeps anyway: a norm's output, a sublayer's input, the
+streams between two sublayers, attention's queries. Inside `recipes()`, `keep(function, *inputs)` runs the
+function and, wherever backward would keep its result, keeps the call instead; the first backward that needs
+the result runs it again, and all share it. An input that has a recipe itself is kept as that recipe. This
+costs a few element-wise passes and one small product a layer, and halves the activations; full activation
+checkpointing, by contrast, repeats every product.
 """
 
 from __future__ import annotations
@@ -12,52 +13,75 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 
-class _Recipe:
-    """A call whose result can be had again."""
+class Recipe:
+    """A deterministic call whose one tensor can be had again."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
-        self.function, self.inputs = function, tuple(t.detach() for t in inputs)
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor | Recipe, ...]) -> None:
+        self.function, self.inputs = function, inputs
         self.result: Tensor | None = None
 
     def make(self) -> Tensor:
         if self.result is None:
             with torch.no_grad():
-                self.result = self.function(*self.inputs)
+                self.result = self.function(*(made(kept) for kept in self.inputs))
         return self.result
 
 
-@contextmanager
-def keep_recipes() -> Iterator[Callable[..., Tensor]]:
-    """Yields `keep(function, *inputs) -> Tensor`; the function must be deterministic and its result one tensor."""
-    recipes: list[tuple[weakref.ref[Tensor], _Recipe]] = []
-    grad = torch.is_grad_enabled()
+def made(kept: Tensor | Recipe) -> Tensor:
+    return kept.make() if isinstance(kept, Recipe) else kept
 
-    def keep(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        result = function(*inputs)
-        if grad:
-            recipes.append((weakref.ref(result), _Recipe(function, inputs)))
-        return result
 
-    def pack(tensor: Tensor) -> Tensor | _Recipe:
-        for reference, recipe in recipes:
+class _Book:
+    """The recipes of one block's forward pass."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[weakref.ref[Tensor], Recipe]] = []
+
+    def find(self, tensor: Tensor) -> Tensor | Recipe:
+        """The tensor's recipe, or the tensor without its graph, in which a saved output would hold itself."""
+        for reference, recipe in self.entries:
             result = reference()  # dead once freed: its address may since belong to another tensor
             if result is not None and _same(result, tensor):
                 return recipe
-        return tensor.detach()  # a saved output would otherwise hold the node that holds it
+        return tensor.detach()
 
-    def unpack(kept: Tensor | _Recipe) -> Tensor:
-        return kept.make() if isinstance(kept, _Recipe) else kept
 
-    if not grad:
-        yield keep
+_open: ContextVar[_Book | None] = ContextVar("open book of recipes", default=None)
+
+
+@contextmanager
+def recipes() -> Iterator[None]:
+    """Where gradients are on, let `keep` and `offer` replace what backward would keep."""
+    if not torch.is_grad_enabled():
+        yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield keep
+    book = _Book()
+    token = _open.set(book)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(book.find, made):
+            yield
+    finally:
+        _open.reset(token)
+
+
+def keep(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), which is made again when backward needs it; must be deterministic."""
+    result = function(*inputs)
+    offer(result, function, *inputs)
+    return result
+
+
+def offer(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Say that function(*inputs) would make `result` again."""
+    book = _open.get()
+    if book is not None:
+        book.entries.append((weakref.ref(result), Recipe(function, tuple(book.find(t) for t in inputs))))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

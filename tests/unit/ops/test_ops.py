@@ -121,6 +121,8 @@ def test_hyper_pre(ops: ReferenceOperations, dtype: torch.dtype, n: int, iters: 
     def operation(*tensors: Tensor) -> list[Tensor]:
         result = ops.hyper_pre(*tensors, iters, 1e-6, 1e-6)
         assert result.post.dtype == result.comb.dtype == torch.float32
+        with torch.no_grad():
+            assert torch.equal(ops.hyper_mix(tensors[0], result.pre), result.input), "made again, the same bits"
         return [result.input, result.post, result.comb]
 
     def formula(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -61,7 +61,8 @@ class Attention(nn.Module):
         else:
             out = self._packed(x, latent, q, kv, rotation, context)
         groups = self.config.o_groups
-        return self.wo_b(self.wo_a(out.reshape(x.shape[0], groups, -1) if groups > 1 else out.flatten(1)))
+        out = out.reshape(x.shape[0], groups, -1) if groups > 1 else out.flatten(1)
+        return keep(self.wo_b, self.wo_a(out))
 
     def _queries(self, latent: Tensor) -> Tensor:
         return self.wq_b(latent).view(-1, self.config.num_attention_heads, self.config.head_dim)

@@ -21,7 +21,7 @@ from fullweight.models.deepseek_v4.hyper_connection import (
 )
 from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.moe import MoE
-from fullweight.ops.recompute import keep_recipes
+from fullweight.ops.recompute import keep, recipes
 from fullweight.ops.reference import ReferenceOperations
 
 
@@ -42,11 +42,9 @@ class Sublayers(nn.Module):
 
     def mix(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
         """streams [T, n, d] -> [T, n, d]."""
-        first = hyper_pre(self, "hc_attn", self.config, self.ops, streams)
-        with keep_recipes() as keep:
-            x = keep(self.attn_norm, first.input)
-            y = self.attn(x, context)
-            del x
+        with recipes():
+            first = hyper_pre(self, "hc_attn", self.config, self.ops, streams)
+            y = self.attn(keep(self.attn_norm, first.input), context)
             middle = keep(self.ops.hyper_post, streams, y, first.post, first.comb)
             second = hyper_pre(self, "hc_ffn", self.config, self.ops, middle)
             y = self.ffn(keep(self.ffn_norm, second.input), context)
@@ -75,7 +73,7 @@ class MtpBlock(Sublayers):
     def forward(self, streams: Tensor, embedded: Tensor, context: Context) -> Tensor:
         """Trunk streams [T, n, d] and embedded next tokens [T, d] to the head's input [T, d]."""
         token = self.e_proj(self.enorm(embedded)).unsqueeze(1)
-        with keep_recipes() as keep:
+        with recipes():
             mixed = token + self.h_proj(keep(self.hnorm, streams))
         streams = self.mix(mixed, context)
         return self.norm(hyper_head(self, self.config, self.ops, streams))

@@ -167,9 +167,16 @@ class DeepSeekV4Config(Config):
 
     @classmethod
     def from_published(cls, values: dict[str, Any], source: str = "config.json") -> DeepSeekV4Config:
-        """From the key-value pairs of a published config.json; keys unknown here are kept in `extra`."""
+        """From the key-value pairs of a published config.json; keys unknown here are kept in `extra`.
+
+        A DSpark release's `mtp.*` tensors are draft blocks, not the MTP block that its num_nextn_predict_layers
+        counts: the model has none, and the published count is kept in `extra`.
+        """
         known = {k: v for k, v in values.items() if k in cls.model_fields and k != "extra"}
         extra = {k: v for k, v in values.items() if k not in cls.model_fields and _HEAD.get(k) != v}
+        if "dspark_block_size" in extra:
+            extra["num_nextn_predict_layers"] = known.get("num_nextn_predict_layers", 1)
+            known["num_nextn_predict_layers"] = 0
         return cls.resolve({**known, "extra": extra}, source)
 
     def to_published(self, **changes: Any) -> dict[str, Any]:

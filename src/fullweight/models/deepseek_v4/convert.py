@@ -20,6 +20,21 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 _IGNORED = re.compile(r"^mtp\.\d+\.(emb.*|head\.weight)$")
 
 
+def is_copy(name: str) -> bool:
+    """Whether a published tensor is such a copy: shared weights, which import ignores."""
+    return _IGNORED.match(name) is not None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a published tensor lies in one of ours: index of the expert dim (None: ours has none), first row."""
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    row: int = 0
+
+
 @dataclass(frozen=True)
 class Stack:
     """`ours` is the published `parts` stacked: rows of parts joined, experts along a new first dim."""
@@ -39,6 +54,23 @@ class Stack:
         for index in range(self.num_experts or 1):
             for name in self.parts:
                 yield name.format(expert=index)
+
+    def places(self) -> list[Part]:
+        """Where each published part lies in ours; their order is that of our rows."""
+        rows = self.part_shape[0]
+        experts = [None] if self.num_experts is None else range(self.num_experts)
+        return [
+            Part(name.format(expert=expert), self.part_shape, expert, i * rows)
+            for expert in experts
+            for i, name in enumerate(self.parts)
+        ]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of ours."""
+        rows, columns = self.part_shape
+        matrix = (rows * len(self.parts), columns)
+        return matrix if self.num_experts is None else (self.num_experts, *matrix)
 
     def join(self, published: Mapping[str, Tensor]) -> Tensor:
         """Raises CheckpointError naming the first part that is missing or misshapen."""
@@ -88,10 +120,63 @@ def to_published(tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> dic
 
 def from_published(tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> dict[str, Tensor]:
     """Published tensors under our names; raises CheckpointError naming a missing or misshapen part."""
-    remaining = {name: t for name, t in tensors.items() if not _IGNORED.match(name)}
+    remaining = {name: t for name, t in tensors.items() if not is_copy(name)}
     result: dict[str, Tensor] = {}
     for stack in stacks(config):
         result[stack.ours] = stack.join(remaining)
         for name in stack.names():
             del remaining[name]
     return {**remaining, **result}
+
+
+# ---- transformers' own names ------------------------------------------------------------------------------
+
+# Applied in turn to a name outside the experts; transformers 5.23, conversion_mapping.py, key "deepseek_v4".
+_TO_TRANSFORMERS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^embed\.", "model.embed_tokens."),
+        (r"^head\.", "lm_head."),
+        (r"^norm\.", "model.norm."),
+        (r"^hc_head_", "model.hc_head.hc_"),
+        (r"^layers\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
+        (r"^layers\.(\d+)\.ffn_norm\.", r"model.layers.\1.post_attention_layernorm."),
+        (r"^layers\.(\d+)\.hc_(attn|ffn)_", r"model.layers.\1.\2_hc."),
+        (r"^layers\.(\d+)\.attn\.", r"model.layers.\1.self_attn."),
+        (r"^layers\.(\d+)\.ffn\.", r"model.layers.\1.mlp."),
+        (r"\.indexer\.compressor\.", ".compressor.indexer."),
+        (r"\.self_attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
+        (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+        (r"\.(compressor|compressor\.indexer)\.norm\.", r".\1.kv_norm."),
+        (r"\.ape$", ".position_bias"),
+        (r"\.attn_sink$", ".sinks"),
+        (r"\.q_norm\.", ".q_a_norm."),
+        (r"\.wq_a\.", ".q_a_proj."),
+        (r"\.wq_b\.", ".q_b_proj."),
+        (r"\.wkv\.", ".kv_proj."),
+        (r"\.wgate\.", ".gate_proj."),
+        (r"\.wo_a\.", ".o_a_proj."),
+        (r"\.wo_b\.", ".o_b_proj."),
+        (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
+        (r"\.shared_experts\.w1\.", ".shared_experts.gate_proj."),
+        (r"\.shared_experts\.w2\.", ".shared_experts.down_proj."),
+        (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
+    )
+]
+
+
+def transformers_name(published: str) -> str | None:
+    """The name that transformers' own checkpoints give a published tensor; None for MTP, which it lacks.
+
+    A routed expert's matrix gets the name of the stack that holds it: `mlp.experts.gate_up_proj` [X, 2f, d] or
+    `mlp.experts.down_proj` [X, d, f], in the order of `Stack.places`.
+    """
+    if published.startswith("mtp."):
+        return None
+    expert = re.fullmatch(r"layers\.(\d+)\.ffn\.experts\.\d+\.w(\d)\.weight", published)
+    if expert is not None:
+        kind = "down_proj" if expert[2] == "2" else "gate_up_proj"
+        return f"model.layers.{expert[1]}.mlp.experts.{kind}"
+    for pattern, replacement in _TO_TRANSFORMERS:
+        published = pattern.sub(replacement, published)
+    return published

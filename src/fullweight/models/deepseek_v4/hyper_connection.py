@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.ops.recompute import offer
 from fullweight.ops.reference import HyperOutput, ReferenceOperations
 
 
@@ -35,7 +36,9 @@ def hyper_pre(
 ) -> HyperOutput:
     """Streams [T, n, d] to a sublayer's input and the weights that fold its output back."""
     fn, base, scale = (module.get_parameter(f"{prefix}_{name}") for name in ("fn", "base", "scale"))
-    return ops.hyper_pre(streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
+    out = ops.hyper_pre(streams, fn, base, scale, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
+    offer(out.input, ops.hyper_mix, streams, out.pre)
+    return out
 
 
 def hyper_head(module: nn.Module, config: DeepSeekV4Config, ops: ReferenceOperations, streams: Tensor) -> Tensor:
