@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fullweight.checkpoint import hf
-from fullweight.checkpoint.hf import INDEX, export_checkpoint, load_model
+from fullweight.checkpoint.hf import INDEX, ExportDtype, export_checkpoint, load_model
 from fullweight.core.errors import CheckpointError, ConfigError, FullweightError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -58,7 +57,7 @@ def _hf_model(folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_transformers_loads_an_export(tmp_path: Path, dtype: hf.ExportDtype) -> None:
+def test_transformers_loads_an_export(tmp_path: Path, dtype: ExportDtype) -> None:
     """From the folder alone transformers gives, in fp32, the logits that we give from it (<= 1e-4)."""
     folder = export_checkpoint(_model(), tmp_path / "model", dtype)
     ours = load_model(folder).logits(DOCUMENTS)
@@ -121,12 +120,13 @@ def test_shards_and_index_follow_the_release(tmp_path: Path) -> None:
 
 
 def test_export_of_a_released_architecture_is_not_called_quantised(tmp_path: Path) -> None:
-    """A config that came with fp8 weights is written without its quantisation keys: these weights are not."""
-    extra = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4", "dspark_block_size": 5}
+    """config.json says what the folder holds: no quantisation and no draft blocks; other keys stay."""
+    extra = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4", "dspark_block_size": 5, "x": 1}
     config = json.loads((export_checkpoint(_model(extra=extra), tmp_path / "m") / "config.json").read_text())
     assert "quantization_config" not in config
     assert "expert_dtype" not in config
-    assert config["dspark_block_size"] == 5
+    assert "dspark_block_size" not in config
+    assert config["x"] == 1
 
 
 def test_export_adds_the_tokenizer(tmp_path: Path) -> None:
@@ -199,6 +199,8 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path, files: 
         import os, signal
         from pathlib import Path
         from fullweight.checkpoint import hf
+        from fullweight.checkpoint.receipt import Receipt
+        from fullweight.checkpoint.shards import ShardWriter
         from fullweight.models.deepseek_v4.config import DeepSeekV4Config
         from fullweight.models.deepseek_v4.init import initialise
         from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -211,7 +213,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path, files: 
                 if written == {files}:
                     os.kill(os.getpid(), signal.SIGKILL)
             return write
-        hf.save_file, hf._write_text = dying(hf.save_file), dying(hf._write_text)
+        ShardWriter.finish, Receipt.write = dying(ShardWriter.finish), dying(Receipt.write)
         model = initialise(DeepSeekV4(DeepSeekV4Config.preset("tiny")), 0)
         hf.export_checkpoint(model, Path({str(tmp_path / "m")!r}))
     """
