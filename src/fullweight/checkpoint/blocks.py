@@ -93,9 +93,9 @@ def same_bits(found: Tensor, given: Tensor) -> Tensor:
 
 
 def errors(decoded: Tensor, values: Tensor) -> tuple[float, float, float]:
-    """Largest absolute difference, sum of its squares, sum of squares of `values`."""
+    """Largest absolute difference in `values`' dtype, sum of its squares, sum of squares of `values`."""
     if not values.numel():
         return 0.0, 0.0, 0.0
     wide = values.float()
-    difference = decoded - wide
+    difference = decoded.to(values.dtype).float() - wide
     return float(difference.abs().max()), float(difference.square().sum()), float(wide.square().sum())

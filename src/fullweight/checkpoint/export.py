@@ -40,7 +40,7 @@ from fullweight.checkpoint.shards import DTYPES, ShardWriter, as_bytes, make_hea
 from fullweight.checkpoint.source import SOURCE, SourceForm
 from fullweight.core.errors import CheckpointError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.models.deepseek_v4.convert import stacks, to_published, transformers_name
+from fullweight.models.deepseek_v4.convert import Part, Stack, stacks, to_published, transformers_name
 
 ExportFormat = Literal["bfloat16", "float32", "fp8", "fp4", "source"]
 Names = Literal["published", "transformers"]
@@ -425,12 +425,22 @@ def _read_entries(folder: PublishedFolder, receipt: Receipt) -> list[dict[str, A
     destinations |= dict.fromkeys(folder.catalogue.copies, "ignored: a copy of shared weights")
     destinations |= dict.fromkeys(folder.catalogue.draft_names(), "kept aside: draft block of DSpark")
     for item in receipt.left_out:
-        destinations.setdefault(item["name"], f"left out: {item['why']}")
+        stored = folder.catalogue.tensors.get(item["name"])
+        for name in [item["name"]] if stored is None else stored.stored_names():
+            destinations.setdefault(name, f"left out: {item['why']}")
+    places = {part.name: where(part, stack) for stack in stacks(folder.config) for part in stack.places()}
     found = []
     for name in folder.files:
         folder.hash_whole(name)
-        found.append({**described(folder, name), "destination": destinations[name]})
+        parameter = places.get(name, name) if name in folder.catalogue.tensors else None
+        found.append({**described(folder, name), "destination": destinations[name], "parameter": parameter})
     return found
+
+
+def where(part: Part, stack: Stack) -> str:
+    """`experts.gate_up[3, 0:2048]`: the part of ours that a published tensor is."""
+    rows = f"{part.row}:{part.row + part.shape[0]}"
+    return f"{stack.ours}[{rows if part.expert is None else f'{part.expert}, {rows}'}]"
 
 
 def _sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,6 +53,7 @@ class PublishedFolder:
         self.readers: dict[str, ShardReader] = {}
         self.files: dict[str, str] = {}  # stored name -> file
         self.hashing = hashing
+        self.on_read: Callable[[str, int], None] | None = None  # told each stored tensor and the bytes read
         self.hashes: dict[str, hashlib._Hash] = {}
         self._hashed: dict[str, int] = {}  # bytes that went into the hash so far
         try:
@@ -111,6 +112,8 @@ class PublishedFolder:
             if self._hashed.get(stored_name) == before:
                 self.hashes[stored_name].update(data)
                 self._hashed[stored_name] += len(data)
+        if self.on_read is not None:
+            self.on_read(stored_name, rows.numel() * rows.element_size())
         return rows
 
     def hash_whole(self, stored_name: str) -> str:

@@ -44,8 +44,8 @@ class SourceForm:
         self._readers: dict[str, ShardReader] = {}
 
     @classmethod
-    def of(cls, path: str | Path) -> SourceForm | None:
-        """The kept form in `path`/source, or that of `path` itself where it holds quantised weights; or None.
+    def of(cls, path: str | Path) -> SourceForm:
+        """The form kept in `path`/source, or else that of `path` itself.
 
         Raises CheckpointError when the folder is damaged.
         """
@@ -54,7 +54,7 @@ class SourceForm:
         if kept.is_dir():
             return cls._kept(kept)
         with PublishedFolder(path) as folder:
-            return cls.of_folder(folder) if folder.catalogue.is_quantised else None
+            return cls.of_folder(folder)
 
     @classmethod
     def of_folder(cls, folder: PublishedFolder) -> SourceForm:

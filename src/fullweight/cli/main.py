@@ -15,6 +15,7 @@ import typer
 
 from fullweight.cli.bench import bench_app
 from fullweight.cli.chat import chat_command
+from fullweight.cli.convert import convert_app
 from fullweight.cli.data import data_app
 from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
@@ -33,6 +34,7 @@ app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)
 app.add_typer(data_app, name="data")
+app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
