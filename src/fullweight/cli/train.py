@@ -18,7 +18,7 @@ def train_command(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="run folder, new or empty (runs/<name> when absent)")] = None,
 ) -> None:
-    """Train all parameters of a model as a recipe says; Ctrl-C saves and stops.
+    """Train a model as a recipe says, all parameters that it does not freeze; Ctrl-C saves and stops.
 
     Under `torchrun --nproc-per-node N -m fullweight train ...` the model is sharded over N ranks.
     """

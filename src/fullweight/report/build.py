@@ -74,6 +74,7 @@ def facts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> lis
     typical = steps[1:] or steps
     rows = [
         ("steps", f"{last['step']:,}"),
+        ("parameters", _parameters(last["parameters"])),
         ("tokens trained on", f"{last['tokens']['so_far']:,} (padding excluded)"),
         ("stepping time", _duration(sum(s["seconds"]["total"] for s in steps))),
         ("tokens per second", f"{median(s['tokens_per_second'] for s in typical):,.0f} (median)"),
@@ -176,6 +177,11 @@ def _comparisons(root: Path) -> list[dict[str, Any]]:
 
 def _peak(peak: dict[str, Any]) -> str:
     return f"{peak['flops_per_second'] / 1e9:,.0f} GFLOP/s ({peak['source']})"
+
+
+def _parameters(count: dict[str, int]) -> str:
+    total, trained = count["total"], count["trained"]
+    return f"{total:,}, all trained" if trained == total else f"{trained:,} trained of {total:,}, the rest frozen"
 
 
 def _number(value: float | str) -> str:

@@ -37,6 +37,7 @@ from fullweight.train.metrics import Peak, measure_peak
 from fullweight.train.run_folder import RunFolder
 from fullweight.train.state import TrainState
 from fullweight.train.trackers import check_trackers
+from fullweight.train.trainable import ParameterCount, freeze, sharding_units
 
 
 @dataclass
@@ -58,6 +59,11 @@ class Run:
     def model(self) -> DeepSeekV4:
         assert isinstance(self.state.model, DeepSeekV4)
         return self.state.model
+
+    @property
+    def parameters(self) -> ParameterCount:
+        """How many parameters there are and how many of them train."""
+        return ParameterCount.of(self.model)
 
     @property
     def rows_per_rank(self) -> int:
@@ -88,7 +94,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     torch.manual_seed(config.train.seed)
     model = make_model(config, architecture, ranks.device.type).to(ranks.device)
     if ranks.mesh is not None:
-        shard(model, [*model.layers, *model.mtp], ranks.mesh)
+        shard(model, sharding_units(model), ranks.mesh)
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
     given = config.train.peak_flops_per_second
     return Run(
@@ -115,20 +121,29 @@ def make_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def make_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) -> DeepSeekV4:
-    """The model on the host with fresh weights, or those of the recipe's checkpoint; operations for `device`."""
+    """The model on the host with fresh weights, or those of the recipe's checkpoint; operations for `device`.
+
+    What the recipe freezes takes no gradient.
+    """
     dtype, scope = config.train.compute_dtype, config.train.indexer_loss
     ops = resolve_operations(config.train.ops, device)
     if config.model.checkpoint is not None:
-        return hf.load_model(config.model.checkpoint, dtype, ops=ops, indexer_loss=scope)
-    return initialise(DeepSeekV4(architecture, dtype, ops=ops, indexer_loss=scope), config.train.seed)
+        model = hf.load_model(config.model.checkpoint, dtype, ops=ops, indexer_loss=scope)
+    else:
+        model = initialise(DeepSeekV4(architecture, dtype, ops=ops, indexer_loss=scope), config.train.seed)
+    model.dense_csa = config.train.csa_attention == "visible"
+    chosen = config.train.trained_names(architecture)
+    if chosen is not None:
+        freeze(model, chosen)
+    return model
 
 
 def check_disk(run: Run) -> None:
     """Raise ConfigError when the disk cannot hold the checkpoints and the export that the recipe asks for."""
-    parameters = run.architecture.num_parameters(mtp=True)
+    parameters = run.parameters
     # fp32 weights and at most two fp32 moments; one more than kept, for the new one is whole before one goes.
-    needed = (run.config.checkpoint.keep + 1) * parameters * 12
-    needed += parameters * (2 if run.config.export.dtype == "bfloat16" else 4) * run.config.export.enabled
+    needed = (run.config.checkpoint.keep + 1) * (parameters.total * 4 + parameters.trained * 8)
+    needed += parameters.total * (2 if run.config.export.dtype == "bfloat16" else 4) * run.config.export.enabled
     existing = next(p for p in (run.folder.root, *run.folder.root.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from fullweight.checkpoint.async_save import SaveConfig
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
 from fullweight.data.loader import DataConfig
@@ -26,6 +27,7 @@ from fullweight.train.evaluate import EvalConfig
 from fullweight.train.guards import GuardConfig
 from fullweight.train.step import LossConfig
 from fullweight.train.trackers import TrackerConfig
+from fullweight.train.trainable import ALL, select
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -79,22 +81,49 @@ class TrainSection(Config):
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
     ops: str = Field("auto", description="operations by name; auto takes the best for the device")
+    trainable: tuple[str, ...] = Field(
+        ALL, min_length=1, description="parameters that train: shell patterns on published names"
+    )
+    frozen: tuple[str, ...] = Field((), description="patterns of parameters taken out of trainable")
     indexer_loss: IndexerLoss = Field("selected", description="entries whose scores the indexer learns from")
+    csa_attention: Literal["selected", "visible"] = Field(
+        "selected", description="entries that compressed-sparse attention reads in training steps"
+    )
     loss: LossConfig = LossConfig()
     peak_flops_per_second: PositiveFloat | None = Field(
         None, description="what 100 % MFU means, all ranks together; measured with a bf16 matmul when absent"
     )
 
+    @model_validator(mode="after")
+    def _indexer_has_a_target(self) -> Self:
+        if self.csa_attention == "visible" and self.indexer_loss == "selected":
+            raise ValueError(
+                'csa_attention="visible" selects nothing that indexer_loss="selected" could learn from; '
+                'set indexer_loss="visible" (warm-up of the indexer) or "none"'
+            )
+        return self
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return _DTYPES[self.precision]
 
+    def trained_names(self, architecture: DeepSeekV4Config) -> frozenset[str] | None:
+        """Names of what trains (`trainable.select`), None for everything. Raises ConfigError."""
+        if self.trainable == ALL and not self.frozen:
+            return None
+        chosen = select(architecture, self.trainable, self.frozen)
+        if self.indexer_loss == "none" and all(".indexer." in name for name in chosen):
+            raise ConfigError(
+                f"train.trainable ({', '.join(self.trainable)}) leaves only indexers to train, and "
+                'train.indexer_loss="none" gives them no loss; set it to "visible" (warm-up) or "selected"'
+            )
+        return chosen
 
-class CheckpointSection(Config):
-    """When to save the exact training state (the end and an interruption always do) and how many to keep."""
+
+class CheckpointSection(SaveConfig):
+    """When to save the exact training state (the end and an interruption always do), how, and how many to keep."""
 
     every: PositiveInt | None = None
-    keep: PositiveInt = 2
 
 
 class ExportSection(Config):
@@ -126,6 +155,7 @@ class RunConfig(Config):
     def _cross_rules(self) -> Self:
         self.schedule.num_warmup_steps(self.train.num_steps)
         architecture = self.model.architecture()
+        self.train.trained_names(architecture)
         if self.tokenizer is not None:
             if self.data.tokenizer != DataConfig.model_fields["tokenizer"].default:
                 raise ValueError(

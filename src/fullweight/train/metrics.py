@@ -9,6 +9,7 @@ rank at once. The record carries the convention and the peak, because a bare per
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +21,13 @@ from fullweight.models.deepseek_v4.flops import training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.step import StepResult
+from fullweight.train.trainable import ParameterCount
 
 FLOPS_CONVENTION = "exact sparse model FLOPs, forward and backward, no recompute, no padding; wall time"
+FROZEN_FLOPS_CONVENTION = (
+    "exact sparse model FLOPs, forward, and backward of trained indexers alone: with other parameters frozen in "
+    "part a lower bound; no recompute, no padding; wall time"
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,25 @@ def expert_load(expert_counts: Tensor) -> ExpertLoad:
     return ExpertLoad(worst, int((expert_counts == 0).sum()), expert_counts.numel())
 
 
+def model_flops(model: DeepSeekV4, document_lengths: Sequence[int]) -> int:
+    """FLOPs of one step over the documents, as `FLOPS_CONVENTION` or, with frozen parameters, the other one."""
+    if not document_lengths:
+        return 0
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    indexer = any(trains[name] for name in trains if ".indexer." in name)
+    parts = training_flops(
+        model.config,
+        document_lengths,
+        mtp=len(model.mtp) > 0,
+        indexer_loss=model.indexer_loss if indexer else "none",
+        dense_csa=model.dense_csa,
+    ).as_dict()
+    if all(trains.values()):
+        return sum(parts.values())
+    # backward is twice forward, except for the indexer
+    return sum(flops if name.startswith("indexer") else flops // 3 for name, flops in parts.items())
+
+
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes in use by this process and, on an accelerator, the peak allocated there."""
     used = {"resident_bytes": psutil.Process().memory_info().rss}
@@ -90,8 +115,8 @@ def step_record(
     time (rank 0's stands for all: ranks wait for each other every step).
     """
     wall = sum(seconds.values())
-    config, lengths, mtp = model.config, result.document_lengths, len(model.mtp) > 0
-    own = training_flops(config, lengths, mtp=mtp, indexer_loss=model.indexer_loss).total if lengths else 0
+    parameters = ParameterCount.of(model)
+    own = model_flops(model, result.document_lengths)
     flops = float(ranks.reduce(torch.tensor(float(own), dtype=torch.float64)).item())
     rate = flops / wall
     return {
@@ -103,9 +128,10 @@ def step_record(
         "tokens_per_second": result.num_tokens / wall,
         "model_flops_per_second": rate,
         "mfu": rate / peak.flops_per_second,
-        "mfu_convention": FLOPS_CONVENTION,
+        "mfu_convention": FLOPS_CONVENTION if parameters.all_trained else FROZEN_FLOPS_CONVENTION,
         "peak": asdict(peak),
         "experts": asdict(expert_load(result.expert_counts)),
+        "parameters": asdict(parameters),
         "routing": "natural",
         "operations": model.ops.name,
         "without_gradient": list(result.without_gradient),

@@ -1,6 +1,7 @@
 """Recipes resolve, and what cannot work is refused before any work."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,25 @@ def test_every_shipped_recipe_resolves_and_comes_back_from_json(path: Path) -> N
         ("optimizer.learning_rate=-1.0", "learning_rate"),
         ("model.changes.max_position_embeddings=100", "max_position_embeddings"),
         ("name=../x", "name"),
+        ('train.trainable=["*.indexr.*"]', "matches no parameter; nearest: layers.*.attn.indexer"),
+        ("train.trainable=[]", "train.trainable"),
+        ('train.frozen=["*"]', "leaves no parameter to train"),
+        ("train.csa_attention=visible", 'set indexer_loss="visible"'),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_valid(override: str, said: str) -> None:
     """Each mistake gives one message that names it."""
-    with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=re.escape(said)):
         resolve(override)
+
+
+def test_indexers_alone_need_their_loss() -> None:
+    """Nothing would train, and the step would have no gradient to take."""
+    alone = 'train.trainable=["*.indexer.*"]'
+    with pytest.raises(ConfigError, match=r"only indexers to train.*indexer_loss"):
+        resolve(alone, "train.indexer_loss=none")
+    assert resolve(alone, "train.indexer_loss=visible").train.trained_names(resolve().model.architecture())
+    assert resolve().train.trained_names(resolve().model.architecture()) is None
 
 
 def test_rows_must_divide_over_ranks() -> None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.models.deepseek_v4.flops import training_flops
+from fullweight.models.deepseek_v4.flops import forward_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.parallel.mesh import Ranks
-from fullweight.train.metrics import Peak, expert_load, measure_peak, step_record
+from fullweight.train.metrics import Peak, expert_load, measure_peak, model_flops, step_record
 from fullweight.train.step import StepResult
+from fullweight.train.trainable import freeze, select
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -46,10 +47,31 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
     assert record["tokens_per_second"] == pytest.approx(157 / 2)
     assert record["mfu"] == pytest.approx(flops / 2 / 1e9)
     assert record["seconds"]["total"] == pytest.approx(2.0)
+    total = config.num_parameters(mtp=True)
+    assert record["parameters"] == {"total": total, "trained": total}
     assert record["routing"] == "natural"
     assert record["operations"] in ("cpu", "reference")
     assert record["peak"] == {"flops_per_second": 1e9, "source": "given"}
     assert "no padding" in record["mfu_convention"]
+
+
+def test_frozen_parameters_have_no_backward_flops() -> None:
+    """Warm-up: a dense forward, and the indexer's own backward (two products a projection, three a score).
+
+    Any other freezing counts forward only, so that the MFU is never more than what was done.
+    """
+    config, lengths = DeepSeekV4Config.preset("tiny"), (100, 57)
+    model = DeepSeekV4(config, indexer_loss="visible")
+    model.dense_csa = True
+    freeze(model, select(config, ["*.indexer.*"], []))
+    sparse = forward_flops(config, lengths)
+    expected = forward_flops(config, lengths, dense_csa=True).total
+    expected += 2 * sparse.indexer_projections + 3 * sparse.indexer_scores
+    assert model_flops(model, lengths) == expected
+    model = DeepSeekV4(config)
+    freeze(model, select(config, ["layers.0.*"], []))
+    assert model_flops(model, lengths) == sparse.total
+    assert model_flops(model, ()) == 0
 
 
 def test_the_measured_peak_says_how_it_was_measured() -> None:
