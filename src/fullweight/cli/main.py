@@ -20,7 +20,7 @@ from fullweight.cli.data import data_app
 from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
 from fullweight.cli.resume import resume_command
-from fullweight.cli.train import INTERRUPTED, train_command
+from fullweight.cli.train import INTERRUPTED, tell_launcher, train_command
 from fullweight.core.errors import FullweightError
 
 app = typer.Typer(
@@ -63,6 +63,7 @@ def _fail(message: str, status: int = 1) -> int:
     typer.secho(f"error{f' (rank {rank})' if rank else ''}: {message}", fg="red", err=True)
     return status
 
+    tell_launcher(message)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -40,13 +40,22 @@ def report(outcome: object) -> None:
     assert isinstance(outcome, Outcome)
     if outcome.finished:
         return
-    console().print(
-        f"stopped after step {outcome.step}, state saved; continue with\n"
-        f"  fullweight resume {outcome.folder.root}",
-        highlight=False,
-        soft_wrap=True,
+    message = (
+        f"stopped after step {outcome.step}, state saved; continue with\n  fullweight resume {outcome.folder.root}"
     )
+    console().print(message, highlight=False, soft_wrap=True)
+    tell_launcher(message)
     raise typer.Exit(INTERRUPTED)
+
+
+def tell_launcher(message: str) -> None:
+    """Under torchrun, leave `message` where it looks for the reason why a rank ended, for its report."""
+    import json
+    import os
+    import time
+
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def console():  # type: ignore[no-untyped-def]

@@ -2,13 +2,15 @@
 
 A step whose loss or gradient norm is not finite never reaches the weights. The numbers judged are already
 reduced over ranks, so that every rank reaches the same verdict. SIGINT and SIGTERM only raise a flag: the
-loop finishes its step, saves and leaves; a second SIGINT interrupts at once.
+loop finishes its step, saves and leaves; a second SIGINT interrupts at once. A signal to any rank stops all.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +20,8 @@ from pydantic import PositiveInt
 
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
+
+_SAME_REQUEST_SECONDS = 1.0
 
 
 class GuardConfig(Config):
@@ -57,21 +61,34 @@ class Guard:
         again = f" ({limit} steps before it were skipped too)" if limit else ""
         raise TrainingError(
             f"step {step}: {refusal}, expected finite numbers{again}; the weights were not changed. Lower "
-            "optimizer.lr or optimizer.max_grad_norm, use train.precision=fp32 to find the cause, or set "
+            "optimizer.learning_rate or optimizer.clip_norm, use train.precision=fp32 to find the cause, or set "
             "guard.non_finite=skip to drop such steps"
         )
 
 
 class StopRequest:
-    """Whether a signal asked the run to end after the current step."""
+    """Whether a signal asked the run to end after the current step.
+
+    A second SIGINT raises KeyboardInterrupt, unless it comes within a second of the first signal: a launcher and
+    a scheduler may both pass on what was asked once.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._asked_at: float | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._asked_at is not None
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            if os.environ.get("RANK", "0") == "0":
+                # Not print: the signal may have come inside of one.
+                os.write(2, b"\nstopping after this step and saving; Ctrl-C again stops at once, unsaved\n")
+        elif number == signal.SIGINT and now - self._asked_at > _SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:

@@ -56,13 +56,18 @@ def test_skip_policy_forgives_until_the_limit_in_a_row() -> None:
         bad()
 
 
-def test_a_signal_raises_the_flag_and_a_second_interrupt_is_immediate() -> None:
-    """SIGTERM and SIGINT let the step finish; pressing Ctrl-C again does not wait."""
+def test_a_signal_raises_the_flag_and_a_later_interrupt_is_immediate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGINT let the step finish, also when both come at once; pressing Ctrl-C later does not wait."""
+    now = 100.0
+    monkeypatch.setattr("fullweight.train.guards.time.monotonic", lambda: now)
     before = signal.getsignal(signal.SIGINT)
     with StopRequest().listening() as stop:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
+        now = 110.0
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
