@@ -17,7 +17,7 @@ from tests.e2e.conftest import ROOT, SMOKE, Command, ledger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fullweight as package
-from fullweight.checkpoint import store
+from fullweight.checkpoint.generations import listed
 
 SHORT = ["--set", "train.num_steps=6", "--set", "train.precision=fp32", "--set", "eval.num_samples=2"]
 SHORT += ["--set", "eval.every=3", "--set", "checkpoint.every=3", "--set", "eval.max_new_tokens=8"]
@@ -36,7 +36,7 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     expected = {"config.json", "model.json", "environment.json", "ledger.jsonl", "tokenizer", "checkpoints"}
     assert names == expected | {"samples", "plots", "export", "summary.html"}
-    assert [s for s, _ in store.completed(finished / "checkpoints")] == [3, 6]
+    assert [s for s, _ in listed(finished / "checkpoints")] == [3, 6]
     assert sorted(p.name for p in (finished / "samples").iterdir()) == [
         "step-0.json",
         "step-3.json",
@@ -86,12 +86,15 @@ def test_resuming_in_a_fresh_process_is_bit_exact(
     shutil.rmtree(died / "export")
     with (died / "ledger.jsonl").open("a") as stream:
         stream.write('{"kind":"step","st')
-    fullweight("resume", died)
+    refused = fullweight("resume", died, check=1)
+    assert "latest names step-6, which is not there" in refused.stderr
+    fullweight("resume", died, "--on-corrupt", "previous")
 
     for kind, keys in (("step", ("step", "loss", "grad_norm", "tokens", "experts")), ("eval", ("loss", "score"))):
         one, other = ([{k: e[k] for k in keys} for e in ledger(r, kind)] for r in (whole, died))
         assert one == other
-    assert ledger(died, "event")[-1]["dropped_steps"] == 3
+    [event] = [e for e in ledger(died, "event") if e["what"] == "resume"]
+    assert (event["generation"], event["dropped_steps"]) == ("step-3", 3)
     for part in ("export", "checkpoints/step-6"):
         for path in (whole / part).glob("*"):
             if path.suffix in (".distcp", ".safetensors"):
@@ -120,13 +123,13 @@ def test_interrupting_saves_and_says_how_to_go_on(tmp_path: Path, fullweight: Co
     assert process.returncode == 130, output
     assert f"fullweight resume {run}" in output
     assert "Traceback" not in output
-    step, _ = store.completed(run / "checkpoints")[-1]
+    step, _ = listed(run / "checkpoints")[-1]
     assert step == ledger(run)[-1]["step"]
 
     config = json.loads((run / "config.json").read_text())
     config["train"]["num_steps"] = step + 1
     (run / "config.json").write_text(json.dumps(config))
-    fullweight("resume", run)
+    assert "train.num_steps 400 -> " in fullweight("resume", run).stdout
     assert [s["step"] for s in ledger(run)] == list(range(1, step + 2))
 
 

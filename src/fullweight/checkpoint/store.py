@@ -1,147 +1,232 @@
-"""Training checkpoints: written beside, checked, then renamed into place.
+"""Writing and reading one generation of training state.
 
-A checkpoint is a folder `step-N` holding one torch.distributed.checkpoint (each rank writes its own shards)
-and `complete.json`, which lists every file with its size. It is written as `.writing-step-N`, synced to disk
-and renamed last, so a folder named `step-N` is whole whatever happened to the process. A reader checks the
-sizes first and never loads a folder that disagrees.
+torch.distributed.checkpoint plans who writes and reads what, on any number of ranks. Added here: every file is
+hashed as it is written and read back from the disk before the generation gets its name, the ranks agree on success
+at each stage, and reading starts only from a `Generation`, whose bytes were all verified. See `manifest.py` for
+what a generation is and `generations.py` for the folder around it.
 
-Left out: content hashes and loading over another number of ranks' host state.
+Left out: host state other than tensors; it is in the manifest's facts.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import errno
+import math
 import shutil
+import time
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
+from fullweight.checkpoint import generations
+from fullweight.checkpoint.hashing import FileDigest, HashingWriter, digests
+from fullweight.checkpoint.manifest import CorruptError, Facts, Generation, Manifest, write_manifest
+from fullweight.checkpoint.peers import Peers
+from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError
 
-COMPLETE = "complete.json"
-_NAME = re.compile(r"step-(\d+)")
+State = Mapping[str, Tensor]
+"""Tensors by name: DTensors for what is sharded, equal plain tensors on every rank for what is not."""
+
+_FILE_BYTES = 256 << 20  # a rank writes one file up to this size, then more, for hashing side by side
+_METADATA_ALLOWANCE = 1.02
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int | None = None) -> Path:
-    """Write `state` (nested dicts of tensors, DTensors and picklable values) as `folder/step-N`.
+@dataclass(frozen=True)
+class Saved:
+    """A generation that is on disk, read back and named by `latest`."""
 
-    All ranks call it with their own shards. `keep` removes all but that many newest checkpoints, after the
-    new one is whole. Raises CheckpointError when the disk refuses; what was there before stays.
+    path: Path
+    sha256: str  # of its manifest
+    size_bytes: int
+    seconds: float
+    removed: tuple[str, ...]  # older generations that went
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a generation holds under a name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def save(
+    folder: Path, state: State, facts: Facts, *, keep: int | None = None, peers: Peers | None = None
+) -> Saved:
+    """Write `state` as a new generation under `folder`; all ranks of `peers` together, each its own shards.
+
+    `keep` removes all but that many newest generations once the new one is verified and named. Raises
+    CheckpointError when the disk refuses or returns other bytes than were written; earlier generations stay.
     """
-    final, writing = folder / f"step-{step}", folder / f".writing-step-{step}"
-    if _is_main():
-        shutil.rmtree(writing, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    _barrier()
-    with _disk_errors(f"could not write checkpoint {final}", writing):
-        with _quiet():
-            dcp.save(
-                state,
-                storage_writer=dcp.FileSystemWriter(writing, sync_files=True),
-                no_dist=not dist.is_initialized(),
-            )
-        if _is_main():
-            _finish(writing, final, step)
-    _barrier()
-    if keep is not None and _is_main():
-        for _, old in completed(folder)[:-keep]:
-            shutil.rmtree(old)
-    return final
+    peers, began = peers or Peers(), time.perf_counter()
+    crash_point("save.begin")
+    with _disk_errors(f"could not write a checkpoint of step {facts.step} in {folder}"):
+        name = peers.on_main(lambda: _begin(folder, facts.step))
+        writing = folder / f"{generations.WRITING}{name}"
+        try:
+            peers.together(lambda: _check_room(folder, state, peers))
+            written = _write_shards(writing, state, peers)
+            peers.together(lambda: _read_back(writing, written, peers))
+            crash_point("save.manifest")
+            files = {file: entry for part in peers.gather(written) for file, entry in part.items()}
+            if not peers.is_main:
+                crash_point("save.rename")
+                crash_point("save.pointer")
+            sha256 = peers.on_main(lambda: _commit(folder, name, facts, files))
+        except (Exception, CheckpointException):  # the library's own is no Exception
+            if peers.is_main:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise
+    removed = peers.on_main(lambda: _retain(folder, keep, folder / name))
+    size = sum(entry.size_bytes for entry in files.values())
+    return Saved(folder / name, sha256, size, time.perf_counter() - began, removed)
 
 
-def load(path: Path, state: dict[str, Any]) -> None:
-    """Fill `state` in place from the checkpoint at `path`; its keys and shapes say what is expected.
+def load(
+    generation: Generation, state: State, *, complete: Iterable[str] = ("model",), peers: Peers | None = None
+) -> None:
+    """Fill the tensors of `state` in place from a verified generation; their names and shapes are expected there.
 
-    Raises CheckpointError when the folder is incomplete or damaged, or holds another model's tensors.
+    For each first part of a name in `complete`, the generation must hold no further tensors. Raises
+    CheckpointError, before anything is written into a tensor, when names, shapes or dtypes differ.
     """
-    check(path)
-    reader = dcp.FileSystemReader(path)
-    _check_tensors(path, reader.read_metadata().state_dict_metadata, _flatten(state))
+    peers = peers or Peers()
+    _check_tensors(generation, state, frozenset(complete))
+    crash_point("load.read")
     try:
-        with _quiet():
-            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+        dcp.load(
+            dict(state),
+            storage_reader=dcp.FileSystemReader(generation.path),
+            process_group=peers.group,
+            no_dist=not dist.is_initialized(),
+        )
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"checkpoint {path} is damaged: {cause}; use an earlier checkpoint") from None
+        raise CheckpointError(f"{generation.path} was verified and then could not be read: {cause}") from None
 
 
-def completed(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every whole checkpoint under `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return sorted((int(m[1]), path) for m, path in named if m and (path / COMPLETE).is_file())
+def contents(generation: Generation) -> dict[str, Stored]:
+    """Name, shape and dtype of every tensor of a generation, read from its plan alone."""
+    entries = dcp.FileSystemReader(generation.path).read_metadata().state_dict_metadata
+    return {
+        name: Stored(tuple(entry.size), entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
-def latest(folder: Path) -> Path:
-    """The newest whole checkpoint; raises CheckpointError when there is none."""
-    found = completed(folder)
-    if not found:
-        raise CheckpointError(
-            f"no complete checkpoint in {folder}; start again with `fullweight train` and a new --output"
-        )
-    return found[-1][1]
+def local_bytes(state: State) -> int:
+    """Bytes of this rank's part of `state`."""
+    return sum(local.numel() * local.element_size() for local in map(local_tensor, state.values()))
 
 
-def check(path: Path) -> None:
-    """Compare the files of a checkpoint with its own list; raises CheckpointError on any difference."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _begin(folder: Path, step: int) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = generations.new_name(folder, step)
+    writing = folder / f"{generations.WRITING}{name}"
+    if writing.exists():
+        shutil.rmtree(writing)
+    writing.mkdir()
+    return name
+
+
+def _check_room(folder: Path, state: State, peers: Peers) -> None:
+    """Half a checkpoint on a full disk helps nobody and takes the last bytes from the ledger."""
+    mine = {n: t for n, t in state.items() if isinstance(t, DTensor) or peers.is_main}
+    needed = int(sum(peers.gather(local_bytes(mine))) * _METADATA_ALLOWANCE)
+    free = free_bytes(folder)
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")
+
+
+def free_bytes(folder: Path) -> int:
+    """Room that the disk of `folder` has for this user."""
+    return shutil.disk_usage(folder).free
+
+
+def _write_shards(writing: Path, state: State, peers: Peers) -> dict[str, FileDigest]:
+    threads = min(peers.num_threads, math.ceil(local_bytes(state) / _FILE_BYTES) or 1)
+    writer = HashingWriter(writing, threads)
+    alone = not dist.is_initialized()
+    dcp.save(dict(state), storage_writer=writer, process_group=peers.group, no_dist=alone)
+    return writer.written
+
+
+def _read_back(writing: Path, written: dict[str, FileDigest], peers: Peers) -> None:
+    paths = [writing / name for name in written]
+    for name, found in digests(paths, peers.num_threads, from_device=True).items():
+        if isinstance(found, OSError):
+            raise found
+        if found != written[name]:
+            raise OSError(errno.EIO, f"the disk returns other bytes than were written to {name}")
+
+
+def _commit(folder: Path, name: str, facts: Facts, files: dict[str, FileDigest]) -> str:
+    """Manifest, seal, name, pointer, in this order, each on disk before the next; the manifest's digest."""
+    writing = folder / f"{generations.WRITING}{name}"
     try:
-        listed = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint: {COMPLETE} is missing; use an earlier one"
-        ) from None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise CheckpointError(f"{path / COMPLETE} is damaged; use an earlier checkpoint") from None
-    for name, size in listed.items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} {state}; use an earlier checkpoint")
+        pointer = generations.read_pointer(folder)
+    except CorruptError:
+        pointer = None  # about to be replaced
+    manifest = Manifest(
+        generation=name,
+        save_id=uuid.uuid4().hex,
+        previous=pointer and pointer[1],
+        written_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        config_sha256=facts.config_sha256,
+        facts=facts,
+        files=dict(sorted(files.items())),
+    )
+    sha256 = write_manifest(writing, manifest)
+    temporary = generations.write_pointer(folder, name, sha256)
+    crash_point("save.rename")
+    writing.rename(folder / name)
+    generations.sync(folder)
+    generations.move_pointer(folder, temporary)
+    return sha256
 
 
-def _finish(writing: Path, final: Path, step: int) -> None:
-    files = {p.name: p.stat().st_size for p in sorted(writing.iterdir())}
-    with (writing / COMPLETE).open("w", encoding="utf-8") as stream:
-        json.dump({"step": step, "files": files}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if final.exists():  # a resumed run reached this step again
-        shutil.rmtree(final)
-    writing.rename(final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _retain(folder: Path, keep: int | None, good: Path) -> tuple[str, ...]:
+    """Remove what is beyond `keep`; a disk that refuses a removal has not harmed the new generation."""
+    removed = []
+    for path in [] if keep is None else generations.removable(folder, keep, good):
+        try:
+            generations.remove(path)
+        except OSError as error:
+            warnings.warn(f"old checkpoint {path} could not be removed: {error}", stacklevel=2)
+        else:
+            removed.append(path.name)
+    return tuple(removed)
 
 
 @contextmanager
-def _disk_errors(what: str, unfinished: Path) -> Iterator[None]:
-    """A refusal of the disk becomes one CheckpointError, and the unfinished folder goes."""
+def _disk_errors(what: str) -> Iterator[None]:
+    """A refusal of the disk becomes one CheckpointError."""
     try:
         yield
     except (CheckpointException, OSError, RuntimeError) as error:
         reason = _disk_refusal(error)
         if reason is None:
             raise
-        if _is_main():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise CheckpointError(f"{what}: {reason}; free some space and `fullweight resume` the run") from None
+        raise CheckpointError(f"{what}: {reason}") from None
 
 
 def _disk_refusal(error: BaseException) -> str | None:
@@ -161,44 +246,24 @@ def _disk_refusal(error: BaseException) -> str | None:
     return "the disk refused a write" if "inline_container" in str(error) else None
 
 
-def _flatten(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in state.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _check_tensors(path: Path, stored: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name, value in expected.items():
-        shape = getattr(value, "shape", None)
-        entry = stored.get(name)
-        if shape is None or (entry is not None and not isinstance(entry, TensorStorageMetadata)):
-            continue
-        if entry is None:
+def _check_tensors(generation: Generation, expected: State, complete: frozenset[str]) -> None:
+    path, stored = generation.path, contents(generation)
+    fix = "resume with the configuration that wrote it"
+    for name, tensor in expected.items():
+        found = stored.get(name)
+        if found is None:
+            raise CheckpointError(f"{path} holds no {name}: it is a checkpoint of another model; {fix}")
+        if found.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{path} holds no {name}: it is a checkpoint of another model or another number of ranks; "
-                "resume with the configuration and ranks that wrote it"
+                f"{path}: {name} has shape {list(found.shape)}, this model expects {list(tensor.shape)}; {fix}"
             )
-        if tuple(entry.size) != tuple(shape):
-            raise CheckpointError(
-                f"{path}: {name} has shape {list(entry.size)}, this model expects {list(shape)}; "
-                "resume with the configuration that wrote it"
-            )
+        if found.dtype != tensor.dtype:
+            raise CheckpointError(f"{path}: {name} is {found.dtype}, this model expects {tensor.dtype}; {fix}")
+    left = sorted(name for name in stored.keys() - expected.keys() if name.partition(".")[0] in complete)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise CheckpointError(f"{path} holds {left[0]}{more}, which this model does not have; {fix}")
 
 
-def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A single process is meant to save alone; the library warns of it every time."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+# A single process is meant to save alone; the library warns of it every time.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")

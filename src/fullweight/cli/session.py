@@ -80,11 +80,12 @@ def open_session(folder: Path) -> Session:
 
 def _from_checkpoint(run: Any) -> LoadedModel:
     from fullweight.api import LoadedModel
-    from fullweight.checkpoint import store
+    from fullweight.checkpoint.generations import newest
+    from fullweight.checkpoint.manifest import verify
     from fullweight.models.deepseek_v4.config import DeepSeekV4Config
     from fullweight.models.deepseek_v4.model import DeepSeekV4
     from fullweight.train.state import load_weights
 
     model = DeepSeekV4(DeepSeekV4Config.from_file(run.model))
-    load_weights(model, store.latest(run.checkpoints))
+    load_weights(model, verify(newest(run.checkpoints)))
     return LoadedModel(model)

@@ -97,14 +97,15 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         shard(model, sharding_units(model), ranks.mesh)
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
     given = config.train.peak_flops_per_second
+    guard = Guard(config.guard)
     return Run(
         config=config,
         folder=folder,
         ranks=ranks,
         tokenizer=tokenizer,
         architecture=architecture,
-        state=TrainState(model, optimizers, loader, ranks),
-        guard=Guard(config.guard),
+        state=TrainState(model, optimizers, loader, ranks, guard, config.train.seed),
+        guard=guard,
         held_out=loader.held_out_batches(),
         questions=_questions(config, loader.held_out_samples(), tokenizer),
         peak=Peak(given, "given in the recipe") if given is not None else measure_peak(ranks),

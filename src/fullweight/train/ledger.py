@@ -3,10 +3,14 @@
 Every line has `kind` (`step`, `eval`, `event`) and `step`. A line is one write of whole bytes, and a write
 that the disk cuts short is taken back, so that no reader meets half a line. On resume the lines past the
 checkpoint are dropped (those steps are about to be run again) and an event says how many.
+
+A checkpoint names the ledger's head, length and SHA-256 of all bytes up to there, so that it resumes only the run
+that wrote it. Rewinding keeps the lines' bytes, hence every earlier head.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fullweight.checkpoint.manifest import LedgerHead
 from fullweight.core.errors import CheckpointError
 
 
@@ -23,6 +28,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        there = path.read_bytes() if path.is_file() else b""
+        self._hasher, self._size, self._lines = hashlib.sha256(there), len(there), there.count(b"\n")
 
     def append(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line; raises OSError when the disk refuses, leaving the earlier lines whole."""
@@ -37,6 +44,13 @@ class Ledger:
             if written:
                 os.ftruncate(self._descriptor, before)
             raise
+        self._hasher.update(line)
+        self._size, self._lines = self._size + len(line), self._lines + 1
+
+    def head(self) -> LedgerHead:
+        """What was written so far, on the disk."""
+        self.sync()
+        return LedgerHead(size_bytes=self._size, num_lines=self._lines, sha256=self._hasher.hexdigest())
 
     def sync(self) -> None:
         """Force what was written to the disk: called beside each checkpoint."""
@@ -48,6 +62,38 @@ class Ledger:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a ledger in order; a torn last line is left out. Raises CheckpointError on a bad line."""
+    return (entry for _, entry in _lines(path))
+
+
+def rewind(path: Path, step: int) -> int:
+    """Drop the lines of steps after `step` (and a torn last line); returns how many steps were dropped."""
+    lines = list(_lines(path))
+    kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
+    dropped = sum(e["kind"] == "step" for _, e in lines) - sum(e["kind"] == "step" for _, e in kept)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        stream.writelines(line + b"\n" for line, _ in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    return dropped
+
+
+def not_under(path: Path, head: LedgerHead) -> str | None:
+    """Why the ledger at `path` does not begin with the bytes that `head` stands for, or None when it does."""
+    try:
+        with path.open("rb") as stream:
+            found = stream.read(head.size_bytes)
+    except FileNotFoundError:
+        return f"there is no ledger at {path}"
+    if len(found) < head.size_bytes:
+        return f"{path} has {len(found):,} bytes, it had {head.size_bytes:,} when the checkpoint was written"
+    if hashlib.sha256(found).hexdigest() != head.sha256:
+        return f"{path} does not begin with the lines that were there when the checkpoint was written"
+    return None
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -57,21 +103,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             raise CheckpointError(f"{path}:{number}: damaged line {line[:60]!r}") from None
-        yield entry
-
-
-def rewind(path: Path, step: int) -> int:
-    """Drop the lines of steps after `step` (and a torn last line); returns how many steps were dropped."""
-    entries = list(read(path))
-    kept = [e for e in entries if e["step"] <= step]
-    dropped = sum(e["kind"] == "step" for e in entries) - sum(e["kind"] == "step" for e in kept)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(e, separators=(",", ":")) + "\n" for e in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    return dropped
+        yield line, entry
 
 
 def _finite(value: Any) -> Any:

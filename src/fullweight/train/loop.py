@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fullweight.checkpoint import store
+from fullweight.checkpoint.generations import Choice, OnCorrupt
 from fullweight.core.errors import ConfigError
 from fullweight.data.synth import check
 from fullweight.models.deepseek_v4.cache import generate
@@ -28,12 +28,15 @@ from fullweight.train.config import RunConfig
 from fullweight.train.evaluate import Evaluation, answer_questions, held_out_loss, score
 from fullweight.train.finish import finish, show_answers
 from fullweight.train.guards import StopRequest
-from fullweight.train.ledger import Ledger, rewind
+from fullweight.train.ledger import Ledger
 from fullweight.train.metrics import step_record
 from fullweight.train.progress import Reporter
+from fullweight.train.records import Records
+from fullweight.train.resuming import choose, described, settle, told
 from fullweight.train.run_folder import RunFolder, environment, free_name, write_json
+from fullweight.train.saving import Saving, owned
 from fullweight.train.step import Phases, training_step
-from fullweight.train.trackers import Tracker, flatten, open_trackers
+from fullweight.train.trackers import open_trackers
 
 
 @dataclass(frozen=True)
@@ -43,29 +46,6 @@ class Outcome:
     folder: RunFolder
     step: int
     finished: bool
-
-
-@dataclass
-class Records:
-    """Where rank 0 writes numbers; other ranks hold none of it."""
-
-    ledger: Ledger | None
-    trackers: list[Tracker]
-    reporter: Reporter
-
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One ledger line, and its numbers to the trackers."""
-        if self.ledger is None:
-            return
-        self.ledger.append(kind, step, values)
-        for tracker in self.trackers:
-            tracker.log(step, flatten(values, "" if kind == "step" else f"{kind}/"))
-
-    def close(self) -> None:
-        if self.ledger is not None:
-            self.ledger.close()
-        for tracker in self.trackers:
-            tracker.close()
 
 
 def train(config: RunConfig, console: Console | None = None) -> Outcome:
@@ -81,20 +61,25 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
             if ranks.is_main:
                 check_disk(run)
                 _write_head(run)
-        return _drive(run, console, _start)
+        with owned(folder, ranks):
+            return _drive(run, console, _start)
 
 
-def resume(root: Path, console: Console | None = None) -> Outcome:
-    """Continue the run in folder `root` from its newest complete checkpoint."""
+def resume(root: Path, console: Console | None = None, on_corrupt: OnCorrupt = OnCorrupt.refuse) -> Outcome:
+    """Continue the run in folder `root` from its newest checkpoint, on any number of ranks.
+
+    Every byte of the checkpoint is verified before the model is touched. `on_corrupt` says whether a damaged one
+    is refused (CheckpointError says what is wrong with it) or the newest good one before it is taken.
+    """
     folder = RunFolder(root)
     config = load_config(folder)
-    with joined(config.train.device) as ranks:
-        newest = store.latest(folder.checkpoints)
+    with joined(config.train.device) as ranks, owned(folder, ranks):
+        choice = choose(config, folder, on_corrupt)
         run = assemble(config, folder, ranks, folder.tokenizer)
-        run.state.restore(newest)
+        run.state.restore(choice.generation)
         with ranks.main_first_failure():
-            dropped = rewind(folder.ledger, run.state.step) if ranks.is_main else 0
-        return _drive(run, console, partial(_continue, dropped=dropped))
+            dropped = settle(folder, choice) if ranks.is_main else 0
+        return _drive(run, console, partial(_continue, choice=choice, dropped=dropped))
 
 
 def load_config(folder: RunFolder) -> RunConfig:
@@ -141,10 +126,15 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
     )
     ledger = Ledger(run.folder.ledger) if main else None
     records = Records(ledger, trackers, Reporter(console if main else None))
+    saving = Saving(run, records)
     try:
         with StopRequest().listening() as stop:
             opening(run, records)
-            finished = _steps(run, records, stop)
+            try:
+                finished = _steps(run, records, saving, stop)
+            except Exception:
+                saving.settle()
+                raise
         if finished:
             finish(run, records.reporter)
     finally:
@@ -154,26 +144,33 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
 
 
 def _start(run: Run, records: Records) -> None:
-    records.write("event", 0, {"what": "start", "peak": asdict(run.peak)})
+    found = {"peak": asdict(run.peak), "parameters": asdict(run.parameters)}
+    records.write("event", 0, {"what": "start", **found})
     records.reporter.say(
-        f"[bold]{run.config.name}[/bold]: {run.architecture.num_parameters(mtp=True):,} parameters, all "
-        f"trained, {run.ranks.size} rank(s), {run.config.train.precision}, into {run.folder.root}"
+        f"[bold]{run.config.name}[/bold]: {run.parameters}, {run.ranks.size} rank(s), "
+        f"{run.config.train.precision}, into {run.folder.root}"
     )
     _evaluate_and_record(run, records)
 
 
-def _continue(run: Run, records: Records, dropped: int) -> None:
-    step = run.state.step
-    records.write("event", step, {"what": "resume", "dropped_steps": dropped, "peak": asdict(run.peak)})
-    records.reporter.say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}")
+def _continue(run: Run, records: Records, choice: Choice, dropped: int) -> None:
+    step, say = run.state.step, records.reporter.say
+    found = {"peak": asdict(run.peak), "parameters": asdict(run.parameters)}
+    origin = described(run.config, choice, dropped)
+    records.write("event", step, {"what": "resume", **origin, **found})
+    say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}, {run.parameters}")
+    for line in told(origin):
+        say(line)
 
 
-def _steps(run: Run, records: Records, stop: StopRequest) -> bool:
-    """Run to the last step (True) or until asked to stop (False); either way the state is saved."""
+def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> bool:
+    """Run to the last step (True) or until asked to stop (False); either way the state is saved.
+
+    Raises TrainingError when it cannot be.
+    """
     total, state = run.config.train.num_steps, run.state
-    saved = state.step if state.step else None
     with records.reporter.steps(state.step, total):
-        while state.step < total and not run.ranks.any(stop.requested):
+        while state.step < total and not run.ranks.any(stop.requested or saving.gave_up):
             record = _one_step(run)
             records.write("step", state.step, record)
             records.reporter.step(state.step, total, record)
@@ -183,11 +180,11 @@ def _steps(run: Run, records: Records, stop: StopRequest) -> bool:
                 _note_unreached(record, records.reporter)
             if state.step == total or _due(state.step, run.config.eval.every):
                 _evaluate_and_record(run, records)
+            saving.report()
             if _due(state.step, run.config.checkpoint.every):
-                _save(run, records)
-                saved = state.step
-    if saved != state.step:
-        _save(run, records)
+                saving.save()
+    saving.save()
+    saving.finish()
     return state.step == total
 
 
@@ -245,12 +242,6 @@ def _evaluate_and_record(run: Run, records: Records) -> None:
         records.reporter.say(f"step {step}: held-out {', '.join(parts)}")
     if step < run.config.train.num_steps:  # the last ones are shown beside the first at the end
         show_answers(run.config.eval.show, evaluation.answers, records.reporter)
-
-
-def _save(run: Run, records: Records) -> None:
-    run.state.save(run.folder.checkpoints, run.config.checkpoint.keep)
-    if records.ledger is not None:
-        records.ledger.sync()
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,6 +1,10 @@
-"""A checkpoint is whole or it is not there."""
+"""A generation is whole, verified and exact, or it is not there."""
+
+from __future__ import annotations
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,84 +12,68 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tests.unit.checkpoint.saved import facts, loaded, save, state
 from torch.distributed.checkpoint.api import CheckpointException
 
-from fullweight.checkpoint import store
+from fullweight.checkpoint import generations, hashing, store
+from fullweight.checkpoint.manifest import verify
 from fullweight.core.errors import CheckpointError
 
 
-def state(value: float = 1.0, rows: int = 4) -> dict[str, Any]:
-    return {"model": {"w": torch.full((rows, 3), value)}, "host": {"step": int(value), "names": ["a", "b"]}}
-
-
 def test_round_trip_is_exact(tmp_path: Path) -> None:
-    """Tensors come back bit for bit, host values as they were."""
-    saved = {"model": {"w": torch.randn(5, 3)}, "host": {"step": 7, "names": ["x"]}}
-    path = store.save(tmp_path, 7, saved)
-    loaded = {"model": {"w": torch.zeros(5, 3)}, "host": {"step": 0, "names": ["", ""]}}
-    store.load(path, loaded)
-    assert torch.equal(loaded["model"]["w"], saved["model"]["w"])
-    assert loaded["host"] == saved["host"]
+    """Every tensor comes back bit for bit, NaN and signed zero included."""
+    saved = state(7.0)
+    saved["model.w"][0] = torch.tensor([float("nan"), -0.0, 1e-45])
+    path = store.save(tmp_path, saved, facts(7)).path
+    for name, tensor in loaded(path).items():
+        assert tensor.reshape(-1).view(torch.int32).tolist() == saved[name].reshape(-1).view(torch.int32).tolist()
 
 
-def test_latest_ignores_what_is_not_complete_and_sorts_by_number(tmp_path: Path) -> None:
-    """step-100 is newer than step-20; an unfinished folder and one without its list do not count."""
-    for step in (100, 20):
-        store.save(tmp_path, step, state())
-    (tmp_path / "step-200").mkdir()
-    (tmp_path / ".writing-step-300").mkdir()
-    (tmp_path / "step-abc").mkdir()
-    assert store.latest(tmp_path).name == "step-100"
-
-
-def test_nothing_complete_is_an_error(tmp_path: Path) -> None:
-    """The message says what to do."""
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        store.latest(tmp_path / "absent")
+def test_several_files_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large state is cut into files that are hashed side by side; nothing is lost between them."""
+    monkeypatch.setattr(store, "_FILE_BYTES", 256)
+    monkeypatch.setattr(store.Peers, "num_threads", 3)
+    path = save(tmp_path, 3)
+    assert len(list(path.glob("*.distcp"))) == 3
+    assert all(torch.equal(a, b) for a, b in zip(loaded(path).values(), state(3.0).values(), strict=True))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    """Older ones go after the new one is whole."""
+    """Older ones go after the new one is whole and named."""
     for step in range(1, 6):
-        store.save(tmp_path, step, state(step), keep=2)
-    assert [s for s, _ in store.completed(tmp_path)] == [4, 5]
+        save(tmp_path, step, keep=2)
+    assert [s for s, _ in generations.listed(tmp_path)] == [4, 5]
 
 
-def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    """A resumed run may reach a step that an earlier attempt saved."""
-    store.save(tmp_path, 3, state(1.0))
-    store.save(tmp_path, 3, state(2.0))
-    loaded = state(0.0)
-    store.load(tmp_path / "step-3", loaded)
-    assert loaded["model"]["w"][0, 0] == 2.0
-
-
-@pytest.mark.parametrize("damage", ["truncate", "delete", "scramble", "list"])
-def test_damage_is_detected_before_anything_is_loaded(tmp_path: Path, damage: str) -> None:
-    """A torn file is named and the target stays untouched."""
-    path = store.save(tmp_path, 1, state(5.0))
-    shard = next(p for p in path.iterdir() if p.suffix == ".distcp")
-    if damage == "truncate":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    elif damage == "scramble":
-        shard.write_bytes(bytes(len(shard.read_bytes())))
-    elif damage == "delete":
-        shard.unlink()
-    else:
-        (path / store.COMPLETE).write_text("{")
-    target = state(0.0)
-    with pytest.raises(CheckpointError, match="damaged"):
-        store.load(path, target)
-    assert target["model"]["w"].sum() == 0
+def test_saving_a_step_again_overwrites_nothing(tmp_path: Path) -> None:
+    """The second one gets a name of its own, is the newest, and `latest` names it."""
+    first = save(tmp_path, 3, 1.0)
+    second = save(tmp_path, 3, 2.0)
+    assert [p.name for _, p in generations.listed(tmp_path)] == ["step-3", "step-3-2"]
+    assert generations.newest(tmp_path) == second
+    assert loaded(first)["model.w"][0, 0] == 1.0
+    assert loaded(second)["model.w"][0, 0] == 2.0
+    pointer = generations.read_pointer(tmp_path)
+    assert pointer is not None
+    assert pointer[0] == "step-3-2"
 
 
 def test_another_models_checkpoint_is_named(tmp_path: Path) -> None:
-    """Missing tensors and other shapes say which tensor, found and expected."""
-    path = store.save(tmp_path, 1, state(rows=4))
-    with pytest.raises(CheckpointError, match=r"model\.w has shape \[4, 3\], this model expects \[6, 3\]"):
-        store.load(path, state(rows=6))
-    with pytest.raises(CheckpointError, match=r"holds no model\.other"):
-        store.load(path, {"model": {"other": torch.zeros(1)}})
+    """Missing, further and other tensors say which one, found and expected; the target stays untouched."""
+    generation = verify(save(tmp_path, 1))
+    cases = {
+        r"model\.w has shape \[4, 3\], this model expects \[6, 3\]": state(rows=6),
+        r"holds no model\.other": {**state(), "model.other": torch.zeros(1)},
+        r"holds model\.noise, which this model does not have": {"model.w": torch.zeros(4, 3)},
+        r"model\.w is torch\.float32, this model expects torch\.bfloat16": {
+            "model.w": torch.zeros(4, 3, dtype=torch.bfloat16)
+        },
+    }
+    for said, target in cases.items():
+        before = {name: tensor.clone() for name, tensor in target.items()}
+        with pytest.raises(CheckpointError, match=said):
+            store.load(generation, target)
+        assert all(torch.equal(target[name], before[name]) for name in target)
 
 
 def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -105,12 +93,62 @@ def test_a_full_disk_leaves_no_checkpoint_and_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[..., None]
 ) -> None:
     """One message; nothing half-written remains; the earlier checkpoint still loads."""
-    store.save(tmp_path, 1, state(1.0))
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", failure)
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "write_data", failure)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1"]
+    assert generations.choose(tmp_path).generation.step == 1
+    assert save(tmp_path, 2).name == "step-2"
+
+
+def test_a_disk_without_room_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is needed and what is free are said before a byte is written."""
+    monkeypatch.setattr(store, "free_bytes", lambda folder: 100)
+    with pytest.raises(CheckpointError, match=r"are needed, 0\.0 MB are free"):
+        save(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_extra_thread_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's writer threads die silently; the state without their tensors must not become a checkpoint."""
+    monkeypatch.setattr(store, "_FILE_BYTES", 256)
+    monkeypatch.setattr(store.Peers, "num_threads", 3)
+    write = hashing._HashingStream.write
+
+    def fail_in_one(self: Any, data: Any) -> int:
+        if self._file.name.endswith("__0_2_0.distcp"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(hashing._HashingStream, "write", fail_in_one)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        store.save(tmp_path, 2, state(2.0))
-    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
-    store.load(store.latest(tmp_path), state())
+        save(tmp_path, 1)
+    assert generations.listed(tmp_path) == []
+
+
+def test_a_disk_that_returns_other_bytes_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was hashed while writing is compared with what can be read; the older checkpoint is not removed."""
+    save(tmp_path, 1, keep=1)
+    sync = os.fsync
+
+    def lose_a_bit(descriptor: int) -> None:
+        sync(descriptor)
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if name.endswith(".distcp"):
+            with open(name, "r+b") as stream:
+                stream.seek(1000)
+                byte = stream.read(1)[0]
+                stream.seek(1000)
+                stream.write(bytes([byte ^ 4]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lose_a_bit)
+        with pytest.raises(CheckpointError, match=r"returns other bytes than were written to __0_0_0\.distcp"):
+            save(tmp_path, 2, keep=1)
+    assert [p.name for _, p in generations.listed(tmp_path)] == ["step-1"]
+    loaded(tmp_path / "step-1")
 
 
 def test_a_programming_error_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,4 +159,16 @@ def test_a_programming_error_keeps_its_traceback(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
     with pytest.raises(CheckpointException, match="a bug"):
-        store.save(tmp_path, 2, state(2.0))
+        save(tmp_path, 2)
+
+
+def test_a_removal_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new generation is whole; the old one that could not go is told."""
+    save(tmp_path, 1)
+
+    def refuse_removal(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse_removal)
+    with pytest.warns(UserWarning, match="step-1 could not be removed"):
+        assert save(tmp_path, 2, keep=1).name == "step-2"

@@ -1,0 +1,50 @@
+"""Dying on request at a named point, so that tests can kill a process exactly where it hurts.
+
+`FULLWEIGHT_CRASH_AT="save.shard"` makes the process send itself SIGKILL the first time it comes to that point;
+`FULLWEIGHT_CRASH_AT="save.shard rank=1 nth=2 delay=0.5"` does so on rank 1 only, at the second time, half a
+second after it got there. Points lie around writing and reading of checkpoints, none in the training step.
+Without the variable a point costs one look-up in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+
+VARIABLE = "FULLWEIGHT_CRASH_AT"
+
+POINTS = (
+    "save.begin",  # before anything is written
+    "save.shard",  # a part of a shard is written
+    "save.manifest",  # shards are on disk, the manifest is not
+    "save.rename",  # the manifest is on disk, the folder has not its name yet
+    "save.pointer",  # the folder has its name, `latest` is about to be replaced
+    "save.retention",  # `latest` has moved, an older generation is being removed
+    "save.flush",  # the snapshot is taken, its writing in the background begins
+    "load.verify",  # files are about to be hashed
+    "load.read",  # tensors are about to be read into the model
+    "export",  # exported weights are written, their folder has not its name yet
+)
+
+_met: Counter[str] = Counter()
+
+
+def crash_point(name: str) -> None:
+    """Die here if the environment says so."""
+    assert name in POINTS, name
+    if wanted := os.environ.get(VARIABLE):
+        _meet(name, wanted)
+
+
+def _meet(name: str, wanted: str) -> None:
+    point, *settings = wanted.split()
+    options = dict(setting.split("=") for setting in settings)
+    assert point in POINTS, f"{VARIABLE}={wanted!r}; points: {', '.join(POINTS)}"
+    if point != name or ("rank" in options and options["rank"] != os.environ.get("RANK", "0")):
+        return
+    _met[name] += 1
+    if _met[name] == int(options.get("nth", "1")):
+        time.sleep(float(options.get("delay", "0")))
+        os.kill(os.getpid(), signal.SIGKILL)
