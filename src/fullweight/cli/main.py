@@ -15,6 +15,7 @@ import typer
 
 from fullweight.cli.bench import bench_app
 from fullweight.cli.chat import chat_command
+from fullweight.cli.checkpoint import checkpoint_app
 from fullweight.cli.convert import convert_app
 from fullweight.cli.data import data_app
 from fullweight.cli.generate import generate_command
@@ -34,6 +35,7 @@ app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 app.add_typer(bench_app, name="bench")
 
@@ -61,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(message: str, status: int = 1) -> int:
     rank = os.environ.get("RANK")
     typer.secho(f"error{f' (rank {rank})' if rank else ''}: {message}", fg="red", err=True)
+    tell_launcher(message)
     return status
 
-    tell_launcher(message)
 
 if __name__ == "__main__":
     sys.exit(main())
