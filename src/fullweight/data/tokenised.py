@@ -304,7 +304,7 @@ def _fit(sample: EncodedSample, config: DataConfig, side: SplitCounts, where: st
         if config.too_long == "refuse":
             raise DataError(
                 f"{where}: a sample of {len(sample.tokens)} tokens does not fit a row of "
-                f"{config.row_tokens}; raise row_tokens, or set too_long to truncate or drop"
+                f"{config.row_tokens}; raise data.row_tokens, or set data.too_long to truncate or drop"
             )
         if config.too_long == "drop":
             side.dropped_too_long += 1
@@ -339,7 +339,7 @@ def _save(folder: Path, train: TokenStore, held_out: TokenStore, counts: list[So
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise DataError(
-            f"cannot write the token cache {folder}: {error}; free space or set cache_folder"
+            f"cannot write the token cache {folder}: {error}; free space or set data.cache_folder"
         ) from None
 
 
