@@ -12,7 +12,6 @@ steps during which the main thread was ready to run but waited for a processor (
 from __future__ import annotations
 
 import resource
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,10 +23,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fullweight.core.config import Config
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-
-MATMUL_SHAPES = ((2048, 2048, 2048), (4096, 512, 512))
-"""(rows, in, out): a large square product, and one of the bench preset's own projections."""
-_MATMUL_REPEATS = 15
+from fullweight.train.peak import matmul_rates
 
 
 class BenchConfig(Config):
@@ -125,18 +121,11 @@ def _maxrss_bytes() -> int:
 
 
 def measure_matmul() -> MatmulPeak:
-    """bf16 x @ W.T with W stored [out, in], fp32 never involved; each shape warmed up and timed alone."""
-    rates, spreads, waiting = {}, {}, Waiting()
-    for rows, inner, outer in MATMUL_SHAPES:
-        x = torch.randn(rows, inner).to(torch.bfloat16)
-        weight = torch.randn(outer, inner).to(torch.bfloat16)
-        seconds = []
-        for repeat in range(_MATMUL_REPEATS + 2):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            if repeat >= 2:
-                seconds.append(time.perf_counter() - start)
-        name, median = f"{rows} x {inner} x {outer}", statistics.median(seconds)
-        rates[name] = 2 * rows * inner * outer / median
-        spreads[name] = (max(seconds) - min(seconds)) / median
-    return MatmulPeak(rates, spreads, waiting.share())
+    """The matmul rates that a run measures at its start (`train/peak.py`), and how long this process waited."""
+    waiting = Waiting()
+    rates = matmul_rates(torch.device("cpu"))
+    return MatmulPeak(
+        {rate.name: rate.flops_per_second for rate in rates},
+        {rate.name: rate.spread for rate in rates},
+        waiting.share(),
+    )

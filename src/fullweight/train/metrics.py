@@ -2,13 +2,12 @@
 
 MFU here is exact sparse model FLOPs (`models/deepseek_v4/flops.py`: forward and backward, no recompute, no
 padding) over wall time times peak, where wall time is the whole step, data included, and the peak is that of
-all ranks together: given in the recipe, or a bf16 matrix product measured at the start of the run on every
-rank at once. The record carries the convention and the peak, because a bare percentage means nothing.
+all ranks together: given in the recipe, or measured at the start of the run on every rank at once (`peak.py`).
+The record carries the convention and the peak, because a bare percentage means nothing.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from fullweight.models.deepseek_v4.flops import training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.parallel.mesh import Ranks
+from fullweight.train.peak import matmul_rates
 from fullweight.train.step import StepResult
 from fullweight.train.trainable import ParameterCount
 
@@ -47,22 +47,13 @@ class ExpertLoad:
     num_experts: int  # summed over layers
 
 
-def measure_peak(ranks: Ranks, seconds: float = 1.0, size: int = 1024) -> Peak:
-    """Best bf16 matmul rate, weights stored [out, in], all ranks at once; takes about `seconds`."""
-    x = torch.randn(size, size, device=ranks.device, dtype=torch.bfloat16)
-    weight = torch.randn(size, size, device=ranks.device, dtype=torch.bfloat16)
-    torch.nn.functional.linear(x, weight)
+def measure_peak(ranks: Ranks, shapes: tuple[tuple[int, int, int], ...] | None = None) -> Peak:
+    """The machine's bf16 matmul rate (`peak.matmul_rates`), all ranks at once and added up."""
     ranks.barrier()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        if ranks.device.type != "cpu":
-            torch.accelerator.synchronize(ranks.device)
-        best = min(best, time.perf_counter() - start)
-    rate = torch.tensor(2 * size**3 / best, dtype=torch.float64)
-    source = f"measured: bf16 matmul {size} x {size} x {size}, best of {seconds} s, {ranks.size} rank(s) at once"
-    return Peak(float(ranks.reduce(rate).item()), source)
+    best = max(matmul_rates(ranks.device, shapes), key=lambda rate: rate.flops_per_second)
+    total = float(ranks.reduce(torch.tensor(best.flops_per_second, dtype=torch.float64)).item())
+    source = f"measured: best median of bf16 x @ W.T over shapes, here {best.name}; {ranks.size} rank(s) at once"
+    return Peak(total, source)
 
 
 def expert_load(expert_counts: Tensor) -> ExpertLoad:

@@ -1,12 +1,16 @@
 """What the ledger's figures mean."""
 
+import itertools
+
 import pytest
 import torch
 
+from fullweight.bench.measure import measure_matmul
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import forward_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.parallel.mesh import Ranks
+from fullweight.train import peak as train_peak
 from fullweight.train.metrics import Peak, expert_load, measure_peak, model_flops, step_record
 from fullweight.train.step import StepResult
 from fullweight.train.trainable import freeze, select
@@ -76,6 +80,22 @@ def test_frozen_parameters_have_no_backward_flops() -> None:
 
 def test_the_measured_peak_says_how_it_was_measured() -> None:
     """A peak without its method is no denominator."""
-    peak = measure_peak(ALONE, seconds=0.02, size=128)
+    peak = measure_peak(ALONE, shapes=((128, 64, 32),))
     assert peak.flops_per_second > 1e6
-    assert "bf16 matmul 128" in peak.source
+    assert "bf16 x @ W.T" in peak.source
+    assert "128 x 64 x 32" in peak.source
+
+
+def test_runs_and_the_benchmark_measure_one_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock says 0.5 s a product: both report 2 x rows x in x out / 0.5 of the same, faster shape."""
+    ticks = itertools.count(step=0.5)
+    monkeypatch.setattr(train_peak.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(train_peak, "CPU_SHAPES", ((64, 32, 16), (8, 8, 8)))
+    assert measure_peak(ALONE).flops_per_second == 2 * 64 * 32 * 16 / 0.5
+    assert measure_matmul().flops_per_second == {
+        "64 x 32 x 16": 2 * 64 * 32 * 16 / 0.5,
+        "8 x 8 x 8": 2 * 512 / 0.5,
+    }
+    assert next(ticks) == 0.5 * 2 * 24 + 2 * 0.5, (
+        "2 x (2 + 4 products of 2 seconds in all) x 2 shapes, 2 for waiting"
+    )
