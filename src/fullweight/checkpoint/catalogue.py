@@ -94,7 +94,7 @@ class Catalogue:
 
     def _scale(self, name: str) -> str | None:
         """The scales of a weight that needs them: `X.scale`, or V3's `X.weight_scale_inv`."""
-        if name not in self.entries or self.entries[name].dtype not in ("I8", "F8_E4M3"):
+        if name not in self.entries or self.entries[name].dtype in _PLAIN:
             return None
         stem = name.removesuffix("weight")
         return next((n for n in (f"{stem}scale", f"{stem}weight_scale_inv") if n in self.entries), None)

@@ -118,7 +118,7 @@ class PublishedFolder:
 
     def hash_whole(self, stored_name: str) -> str:
         """SHA-256 of a stored tensor's data; read from the file unless it was read whole before."""
-        entry = self.catalogue.entries[stored_name]
+        entry, self.hashing = self.catalogue.entries[stored_name], True
         if self._hashed.get(stored_name) != entry.num_bytes:
             rows = entry.shape[0] if entry.shape else 1
             for first, last in row_chunks(entry.shape, 0, rows):
