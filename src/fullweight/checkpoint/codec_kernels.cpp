@@ -2,9 +2,10 @@
 //
 // The definitions are the torch functions there; these give the same bits. FP4 under a power-of-two scale is
 // exact in bf16, so a block of 32 columns is sixteen table look-ups of two bytes: one table for each of the 256
-// scale bytes, made by the caller from the definition. FP8 is a conversion and one multiplication in fp32; to
-// bf16 under a power of two it is a look-up too, where the processor has one for 128 entries.
+// scale bytes, made by the caller from the definition. FP8 is a conversion and one multiplication in fp32; a
+// block to bf16 is a look-up too, where the processor has one for 128 entries.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #if defined(__SSSE3__) || defined(__AVX512BW__)
@@ -120,45 +121,56 @@ template <class T> inline void convert(const uint8_t* from, T* to, int64_t count
   }
 }
 
-// Up to 128 codes; `tables` [256, 128] holds, for each scale byte, the bf16 values of codes 0 to 127, or is null.
-inline void fp8_block(const uint8_t* from, float* to, int64_t count, float scale, const uint16_t*) {
-  convert(from, to, count, scale);
+// The rows of one 128 x 128 block; `columns` and `rows` are fewer at an edge.
+inline void fp8_block(const uint8_t* from, float* to, int64_t rows, int64_t columns, int64_t from_stride,
+                      int64_t to_stride, float scale) {
+  for (int64_t row = 0; row < rows; row++) convert(from + row * from_stride, to + row * to_stride, columns, scale);
 }
-inline void fp8_block(const uint8_t* from, bf16* to, int64_t count, float scale, const uint16_t* tables) {
+inline void fp8_block(const uint8_t* from, bf16* to, int64_t rows, int64_t columns, int64_t from_stride,
+                      int64_t to_stride, float scale) {
 #if defined(__AVX512BW__)
-  if (tables != nullptr && count == 128) {
-    uint32_t bits;
-    std::memcpy(&bits, &scale, sizeof bits);
-    const uint16_t* table = tables + 128 * (bits >> 23);  // 2^-127 is subnormal: exponent 0, as its byte
+  if (columns == 128 && rows > 1) {  // a block has 128 magnitudes: look them up
+    uint8_t codes[128];
+    bf16 table[128];
+    for (int i = 0; i < 128; i++) codes[i] = uint8_t(i);
+    convert(codes, table, 128, scale);
     const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 32);
     const __m512i t2 = _mm512_loadu_si512(table + 64), t3 = _mm512_loadu_si512(table + 96);
     const __m512i sign = _mm512_set1_epi16(int16_t(0x8000)), bit6 = _mm512_set1_epi16(64);
-    for (int64_t j = 0; j < 128; j += 32) {
-      const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + j)));
-      const __m512i below = _mm512_permutex2var_epi16(t0, code, t1), above = _mm512_permutex2var_epi16(t2, code, t3);
-      const __m512i value = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, bit6), below, above);
-      const __m512i signs = _mm512_and_si512(_mm512_slli_epi16(code, 8), sign);
-      _mm512_storeu_si512(to + j, _mm512_or_si512(value, signs));
+    for (int64_t row = 0; row < rows; row++) {
+      const uint8_t* in = from + row * from_stride;
+      bf16* out = to + row * to_stride;
+      for (int64_t j = 0; j < 128; j += 32) {
+        const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(in + j)));
+        const __m512i below = _mm512_permutex2var_epi16(t0, code, t1);
+        const __m512i above = _mm512_permutex2var_epi16(t2, code, t3);
+        const __m512i value = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code, bit6), below, above);
+        const __m512i signs = _mm512_and_si512(_mm512_slli_epi16(code, 8), sign);
+        _mm512_storeu_si512(out + j, _mm512_or_si512(value, signs));
+      }
     }
     return;
   }
 #endif
-  convert(from, to, count, scale);
+  for (int64_t row = 0; row < rows; row++) convert(from + row * from_stride, to + row * to_stride, columns, scale);
 }
 
 // codes [rows, columns], scales fp32 [ceil((rows + first) / 128), ceil(columns / 128)]; row 0 is row `first`
 // (below 128) of its block; out rows `stride` elements apart.
 template <class T>
-void fp8_decode(const uint8_t* codes, const float* scales, const uint16_t* tables, T* out, int64_t rows,
-                int64_t columns, int64_t first, int64_t stride) {
-  const int64_t blocks = (columns + 127) / 128;
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    const float* row_scales = scales + (row + first) / 128 * blocks;
-    for (int64_t b = 0; b < blocks; b++) {
-      const float scale = row_scales[b];
-      const int64_t count = columns - 128 * b < 128 ? columns - 128 * b : 128;
-      fp8_block(codes + row * columns + 128 * b, out + row * stride + 128 * b, count, scale, tables);
+void fp8_decode(const uint8_t* codes, const float* scales, T* out, int64_t rows, int64_t columns, int64_t first,
+                int64_t stride) {
+  const int64_t blocks = (columns + 127) / 128, bands = (rows + first + 127) / 128;
+  // a thread takes 8 blocks of a band at a time, whose rows are then long enough for the memory
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int64_t band = 0; band < bands; band++) {
+    for (int64_t group = 0; group < (blocks + 7) / 8; group++) {
+      const int64_t begin = band ? 128 * band - first : 0;
+      const int64_t end = std::min(rows, 128 * (band + 1) - first);
+      for (int64_t b = 8 * group; b < std::min(blocks, 8 * group + 8); b++) {
+        fp8_block(codes + begin * columns + 128 * b, out + begin * stride + 128 * b, end - begin,
+                  std::min<int64_t>(columns - 128 * b, 128), columns, stride, scales[band * blocks + b]);
+      }
     }
   }
 }
@@ -171,9 +183,9 @@ extern "C" {
                            int64_t rows, int64_t columns, int64_t stride) {                                       \
     fp4_decode(packed, scales, tables, out, rows, columns, stride);                                               \
   }                                                                                                               \
-  void fp8_decode_##suffix(const uint8_t* codes, const float* scales, const uint16_t* tables, T* out,             \
+  void fp8_decode_##suffix(const uint8_t* codes, const float* scales, T* out,                                     \
                            int64_t rows, int64_t columns, int64_t first, int64_t stride) {                        \
-    fp8_decode(codes, scales, tables, out, rows, columns, first, stride);                                         \
+    fp8_decode(codes, scales, out, rows, columns, first, stride);                                                 \
   }
 DECODE(h, bf16)
 DECODE(f, float)

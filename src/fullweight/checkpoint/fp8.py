@@ -7,8 +7,6 @@ saturates. New scales follow the rule of the release: 2^ceil(log2(amax / 448)) f
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,8 +38,7 @@ def decode(codes: Tensor, scales: Tensor, out: Tensor, name: str = "tensor", fir
     values = scale_values(scales).contiguous()
     if native.can_run(out):
         numbers = (*codes.shape, first_row)
-        tables = None if scales.dtype == torch.float32 else _tables()
-        native.run("fp8_decode", codes.contiguous(), values, tables, out=out, numbers=numbers)
+        native.run("fp8_decode", codes.contiguous(), values, out=out, numbers=numbers)
     else:
         out.copy_(decode_torch(codes, values, first_row))
     if (values == 0).any():
@@ -109,10 +106,3 @@ def _blocks(values: Tensor, fill: bool = False) -> Tensor:
     rows, columns = values.shape
     padded = F.pad(values, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK), value=fill)
     return padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-
-
-@functools.cache
-def _tables() -> Tensor:
-    """[256, 128] bf16: for each scale byte, the values of the codes without sign."""
-    codes = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    return (codes.unsqueeze(0) * powers_of_two().unsqueeze(1)).to(torch.bfloat16).contiguous()

@@ -40,9 +40,9 @@ def can_run(out: Tensor) -> bool:
     )
 
 
-def run(name: str, *inputs: Tensor | None, out: Tensor, numbers: tuple[int, ...]) -> None:
-    """Call kernel `name`: contiguous `inputs` (None: a null pointer), `out`, `numbers`, out's row stride."""
-    assert all(t.is_contiguous() and t.device.type == "cpu" for t in inputs if t is not None)
+def run(name: str, *inputs: Tensor, out: Tensor, numbers: tuple[int, ...]) -> None:
+    """Call kernel `name`: contiguous `inputs`, `out`, `numbers`, out's row stride."""
+    assert all(t.is_contiguous() and t.device.type == "cpu" for t in inputs)
     function = getattr(load_library(SOURCE), f"{name}_{'h' if out.dtype == torch.bfloat16 else 'f'}")
-    pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*inputs, out)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*inputs, out)]
     function(*pointers, *(ctypes.c_int64(n) for n in (*numbers, out.stride(0))))
