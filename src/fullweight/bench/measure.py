@@ -11,15 +11,17 @@ steps during which the main thread was ready to run but waited for a processor (
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from fullweight.core.config import Config
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
@@ -36,8 +38,9 @@ class BenchConfig(Config):
     transformers_up_to: NonNegativeInt = Field(4096, description="longest row run in transformers; 0: none")
     transformers_experts: Literal["eager", "grouped_mm", "batched_mm"] = "eager"
     rounds: PositiveInt = Field(1, description="passes over all lengths, each in fresh processes")
-    repeats: PositiveInt = 3
-    warm_up: NonNegativeInt = 1
+    repeats: PositiveInt = Field(3, description="fewest timed steps of a process")
+    warm_up: NonNegativeInt = Field(1, description="fewest steps before them")
+    seconds: NonNegativeFloat = Field(10.0, description="least time for timed steps; half of it for warm-up")
     seed: NonNegativeInt = 0
     threads: PositiveInt = 1
 
@@ -74,6 +77,28 @@ class MatmulPeak:
     flops_per_second: dict[str, float]
     spread: dict[str, float]  # (slowest - fastest) / median time
     waited_share: float | None
+
+
+def timed_steps(
+    config: BenchConfig, step: Callable[[], dict[str, float]]
+) -> tuple[list[dict[str, float]], Waiting]:
+    """Warm up, then time: `step` returns its seconds by phase. Also says how long the timed part waited.
+
+    Both go on until there were enough steps and enough time: a short step needs many repeats for its median, and
+    its products meet new shapes, which have to be prepared, for its first few seconds.
+    """
+    for _ in _enough(config.warm_up, config.seconds / 2 if config.warm_up else 0.0):
+        step()
+    waiting = Waiting()
+    return [step() for _ in _enough(config.repeats, config.seconds)], waiting
+
+
+def _enough(count: int, seconds: float) -> Iterator[int]:
+    start = time.perf_counter()
+    for number in itertools.count():
+        if number >= count and time.perf_counter() - start >= seconds:
+            return
+        yield number
 
 
 class Waiting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from fullweight.bench.measure import BenchConfig, Measurement, Waiting, peak_bytes, resident_bytes
+from fullweight.bench.measure import BenchConfig, Measurement, peak_bytes, resident_bytes, timed_steps
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.methods.sft import Pretrain
 from fullweight.models.deepseek_v4.init import initialise
@@ -31,10 +31,9 @@ def measure_fullweight(config: BenchConfig, length: int) -> Measurement:
     batch = Batch(config.tokens(length), torch.ones(length), layout)
     device = torch.device("cpu")
     guard = Guard(GuardConfig())
-    steps, waiting = [], Waiting()
-    for step in range(config.warm_up + config.repeats):
-        if step == config.warm_up:
-            waiting = Waiting()
+    losses: dict[str, float] = {}
+
+    def step() -> dict[str, float]:
         phases = Phases(device)
         result = training_step(
             model,
@@ -48,8 +47,10 @@ def measure_fullweight(config: BenchConfig, length: int) -> Measurement:
             phases=phases,
         )
         if result.refusal is not None:
-            guard.enforce(step, result.refusal)
-        if step >= config.warm_up:
-            steps.append(phases.seconds)
+            guard.enforce(0, result.refusal)
+        losses.update(result.losses)
+        return phases.seconds
+
+    steps, waiting = timed_steps(config, step)
     notes = {"operations": model.ops.name, "routing": "natural"}
-    return Measurement(steps, baseline, peak_bytes(), waiting.share(), result.losses, notes)
+    return Measurement(steps, baseline, peak_bytes(), waiting.share(), losses, notes)

@@ -31,7 +31,8 @@ CONVENTIONS = {
     "step": "ours: forward, backward (next-token, MTP, indexer, balance losses), clipping, optimizer, router "
     "bias, with fp32 masters and moments; transformers: forward and backward of the next-token loss in bf16, "
     "no optimizer",
-    "time": "median wall time of the timed steps, warm-up left out; spread is (slowest - fastest) / median",
+    "time": "median wall time of the timed steps, warm-up left out, of both at least so many and so many "
+    "seconds as the settings say; spread is (slowest - fastest) / median",
     "memory": "peak resident memory of a fresh process; above baseline: minus what imports alone hold",
     "flops": "exact sparse model FLOPs of training_flops (MTP, indexer loss over selected entries), no "
     "recompute, no padding, no optimizer, over the whole step's time",

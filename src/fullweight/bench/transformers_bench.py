@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from fullweight.bench.measure import BenchConfig, Measurement, Waiting, peak_bytes, resident_bytes
+from fullweight.bench.measure import BenchConfig, Measurement, peak_bytes, resident_bytes, timed_steps
 from fullweight.core.errors import OperationError
 
 
@@ -45,10 +45,9 @@ def measure_transformers(config: BenchConfig, length: int) -> Measurement:
             first = torch.arange(vocabulary).unsqueeze(1) * chosen
             table.copy_((first + torch.arange(chosen)) % other.n_routed_experts)
     documents = config.tokens(length).split(config.document_lengths(length))
-    steps, loss, waiting = [], 0.0, Waiting()
-    for step in range(config.warm_up + config.repeats):
-        if step == config.warm_up:
-            waiting = Waiting()
+    losses: dict[str, float] = {}
+
+    def step() -> dict[str, float]:
         seconds, loss = {"forward": 0.0, "backward": 0.0}, 0.0
         for document in documents:
             start = time.perf_counter()
@@ -59,7 +58,9 @@ def measure_transformers(config: BenchConfig, length: int) -> Measurement:
             seconds["backward"] += time.perf_counter() - between
             loss += output.loss.item() * len(document) / length
         model.zero_grad(set_to_none=True)
-        if step >= config.warm_up:
-            steps.append(seconds)
+        losses["lm"] = loss
+        return seconds
+
+    steps, waiting = timed_steps(config, step)
     notes = {"transformers": transformers.__version__, "experts": config.transformers_experts}
-    return Measurement(steps, baseline, peak_bytes(), waiting.share(), {"lm": loss}, notes)
+    return Measurement(steps, baseline, peak_bytes(), waiting.share(), losses, notes)

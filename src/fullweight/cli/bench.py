@@ -43,8 +43,9 @@ def model_command(
         str, typer.Option(help="its experts: eager, grouped_mm or batched_mm (slow on a CPU)")
     ] = "eager",
     rounds: Annotated[int, typer.Option(min=1, help="passes over all lengths in fresh processes")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="timed steps of a process")] = 3,
-    warm_up: Annotated[int, typer.Option(min=0, help="steps before them")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="fewest timed steps of a process")] = 3,
+    warm_up: Annotated[int, typer.Option(min=0, help="fewest steps before them")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="least time for timed steps, half for warm-up")] = 10.0,
     threads: Annotated[int | None, typer.Option(min=1, help="all physical cores when absent")] = None,
     seed: Annotated[int, typer.Option(min=0, help="weights and tokens")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the full record here")] = None,
@@ -66,6 +67,7 @@ def model_command(
         "rounds": rounds,
         "repeats": repeats,
         "warm_up": warm_up,
+        "seconds": seconds,
         "seed": seed,
         "threads": threads or torch.get_num_threads(),
     }

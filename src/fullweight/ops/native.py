@@ -1,8 +1,9 @@
-"""Compile C++ kernels once per machine and call them: cpu_kernels.cpp here, others by their path.
+"""Compile C++ kernels once per machine and call them: cpu/kernels/kernels.cpp here, others by their path.
 
-A source has no dependency but a C++ compiler; it is compiled in seconds for the processor it runs on and
-kept in a cache folder, under a name that holds the hash of the source, the compiler and the processor's
-features. OpenMP is the copy that torch has already loaded: two copies would each keep a pool of threads.
+A source needs no more than a C++ compiler, unless its options say so; it is compiled in seconds for the
+processor it runs on and kept in a cache folder, under a name that holds the hash of the source and its headers,
+the compiler and the processor's features. OpenMP is the copy that torch has already loaded: two copies would each
+keep a pool of threads.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from fullweight.core.errors import OperationError
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-LARGE_PROCESS = 2_000_000_000  # resident bytes above which freed memory is given back between phases
+SOURCE = Path(__file__).parent / "cpu" / "kernels" / "kernels.cpp"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC")
 
 
@@ -43,19 +43,22 @@ def cache_folder() -> Path:
 
 @functools.cache
 def kernels() -> ctypes.CDLL:
-    """The library of cpu_kernels.cpp."""
+    """The kernels of the CPU operations."""
     return load_library(SOURCE)
 
 
 @functools.cache
-def load_library(source: Path) -> ctypes.CDLL:
-    """The library compiled from `source`; raises OperationError saying what is missing when it cannot be built."""
+def load_library(source: Path, *options: str) -> ctypes.CDLL:
+    """The library compiled from `source` with FLAGS and `options`.
+
+    Raises OperationError saying what is missing when it cannot be built.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise OperationError("compiled kernels need a C++ compiler (c++, g++ or clang++ on PATH, or $CXX)")
-    library = cache_folder() / f"{source.stem}-{_fingerprint(compiler, source)}.so"
+    library = cache_folder() / f"{source.stem}-{_fingerprint(compiler, source, options)}.so"
     if not library.exists():
-        _compile(compiler, source, library)
+        _compile(compiler, source, library, options)
     openmp = _loaded_openmp()
     if openmp is not None:
         ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
@@ -68,7 +71,7 @@ def load_library(source: Path) -> ctypes.CDLL:
 def call(name: str, *arguments: Tensor | int | float | None, dtype: torch.dtype = torch.float32) -> None:
     """Run a kernel's version for `dtype` (float32 or bfloat16); tensors are passed as they lie in memory."""
     suffix = "h" if dtype == torch.bfloat16 else "f"
-    getattr(kernels(), f"{name}_{suffix}")(*(_argument(a) for a in arguments))
+    getattr(kernels(), f"{name}_{suffix}")(*map(_argument, arguments))
 
 
 def _argument(value: Tensor | int | float | None) -> object:
@@ -80,24 +83,25 @@ def _argument(value: Tensor | int | float | None) -> object:
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path, options: tuple[str, ...]) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         # OpenMP's symbols are left to the copy that torch loads
-        link = [compiler, "-shared", str(compiled), "-o", str(linked)]
+        link = [compiler, "-shared", str(compiled), "-o", str(linked), *options]
         if _loaded_openmp() is None:
             link.append("-fopenmp")
-        for command in ([compiler, *FLAGS, "-c", str(source), "-o", str(compiled)], link):
+        for command in ([compiler, *FLAGS, *options, "-c", str(source), "-o", str(compiled)], link):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise OperationError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         os.replace(linked, library)
 
 
-def _fingerprint(compiler: str, source: Path) -> str:
+def _fingerprint(compiler: str, source: Path, options: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (source.read_text(encoding="utf-8"), version, " ".join(FLAGS), _processor(), torch.__version__)
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = (*texts, version, *FLAGS, *options, _processor(), torch.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -115,35 +119,3 @@ def _loaded_openmp() -> str | None:
         return None
     paths = {line.split()[-1] for line in maps.read_text(encoding="utf-8").splitlines() if "/" in line}
     return next((path for path in sorted(paths) if "gomp" in Path(path).name or "iomp" in Path(path).name), None)
-
-
-def bound_prepared_products() -> None:
-    """Let oneDNN keep 128 prepared products instead of 1,024, at about 0.35 MB each, unless the user says."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc not to give large blocks back at every free; True where that is possible.
-
-    By default a freed block of more than 32 MB returns to the kernel, and the next tensor of that size pays for
-    fresh zeroed pages: several times the cost of the arithmetic in a large element-wise operation.
-    """
-    mmap_threshold, trim_threshold, top_pad = -3, -1, -2
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return False
-    settings = ((mmap_threshold, 1 << 30), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20))
-    return min(mallopt(option, value) for option, value in settings) == 1
-
-
-def give_back_freed_memory() -> None:
-    """Return whole free pages to the kernel, where glibc keeps them and the process has grown large.
-
-    Once a phase this costs milliseconds and keeps the holes that one phase leaves out of the next one's peak.
-    """
-    statm = Path("/proc/self/statm")
-    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE_PROCESS:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -77,9 +77,6 @@ class ReferenceOperations:
 
     name = "reference"
 
-    def end_phase(self) -> None:
-        """Called by a training step after forward, backward and optimizer: a moment to tidy memory."""
-
     # ---- projections and element-wise ---------------------------------------------------------------
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Left out: norms other than 2, and partial (unreduced) gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norms: Sequence[Tensor] | None = None) -> Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 
     Returns the norm before scaling, an fp32 scalar. A norm that is not finite scales nothing: the caller's
     guard decides what to do with the step. Collective when a gradient is sharded; waits for the device.
+    `norms` are `local_norms` of the gradients that there are, when the caller has them.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = global_norm(gradients)
+    norm = global_norm(gradients, norms)
     value = norm.item()
     if math.isfinite(value) and value > max_norm:
         torch._foreach_mul_([_local(g) for g in gradients], max_norm / value)
@@ -33,13 +34,18 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+def local_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """2-norm of this rank's part of each tensor, fp32 scalars."""
+    # Row by row first: one fp32 accumulator over millions of entries loses four digits on a CPU.
+    rows = (torch.linalg.vector_norm(_local(tensor), dim=-1, dtype=torch.float32) for tensor in tensors)
+    return [torch.linalg.vector_norm(each) for each in rows]
+
+
+@torch.no_grad()
+def global_norm(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> Tensor:
     """2-norm of all the tensors together (fp32 scalar); collective over the meshes that shard them."""
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
-    for tensor in tensors:
-        # Row by row first: one fp32 accumulator over millions of entries loses four digits on a CPU.
-        rows = torch.linalg.vector_norm(_local(tensor), dim=-1, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(rows)
+    for tensor, norm in zip(tensors, local_norms(tensors) if norms is None else norms, strict=True):
         by_groups.setdefault(_sharding_groups(tensor), []).append(norm)
     squares = [_sum_over(torch.stack(norms).square().sum(), groups) for groups, norms in by_groups.items()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())

@@ -22,7 +22,7 @@ from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
 from fullweight.methods import Method
-from fullweight.optim.clip import clip_grad_norm
+from fullweight.optim.clip import clip_grad_norm, local_norms
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard
 
@@ -106,17 +106,16 @@ def training_step(
         for name, value in output.losses.items():
             sums[name] = sums.get(name, 0) + value.detach().double()
         expert_counts = output.expert_counts if expert_counts is None else expert_counts + output.expert_counts
-        model.ops.end_phase()  # type: ignore[union-attr,operator]
         phases.end("forward")
         total.backward()
-        model.ops.end_phase()  # type: ignore[union-attr,operator]
         phases.end("backward")
     assert expert_counts is not None, "a step needs at least one micro-batch"
 
     means = _global_means(sums, counts, ranks)
     expert_counts = ranks.reduce(expert_counts)
-    without_gradient = _without_gradient(model, ranks)
-    grad_norm = clip_grad_norm(model.parameters(), clip_norm).item()
+    norms = local_norms(p.grad for p in model.parameters() if p.grad is not None)
+    without_gradient = _without_gradient(model, norms, ranks)
+    grad_norm = clip_grad_norm(model.parameters(), clip_norm, norms).item()
     refusal = guard.refusal(means, grad_norm)
     if refusal is None:
         for optimizer in optimizers:
@@ -124,7 +123,6 @@ def training_step(
         model.update_router_bias(expert_counts, losses.router_bias_speed)  # type: ignore[operator]
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    model.ops.end_phase()  # type: ignore[union-attr,operator]
     phases.end("optimizer")
     return StepResult(
         losses=means,
@@ -181,17 +179,18 @@ def _global_means(sums: dict[str, Tensor], counts: dict[str, float], ranks: Rank
 
 
 @torch.no_grad()
-def _without_gradient(model: nn.Module, ranks: Ranks) -> tuple[str, ...]:
-    """Names of trainable parameters that nothing of this step reached, on any rank."""
+def _without_gradient(model: nn.Module, norms: Sequence[Tensor], ranks: Ranks) -> tuple[str, ...]:
+    """Names of trainable parameters that nothing of this step reached, on any rank.
+
+    `norms` are those of the gradients that there are, in the model's order.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    present = [(i, _local(p.grad)) for i, (_, p) in enumerate(named) if p.grad is not None]
     reached = torch.zeros(len(named))
-    filled = [(i, g) for i, g in present if g.numel()]
-    if filled:
-        # a CPU takes a maximum twenty times as fast as an infinity norm; NaN counts as reached
-        ends = [torch.stack(torch.aminmax(g)) for _, g in filled]
-        flags = (torch.stack(ends) != 0).any(1).float().cpu()
-        reached[[i for i, _ in filled]] = flags
+    present = [i for i, (_, p) in enumerate(named) if p.grad is not None]
+    flags = (torch.stack(list(norms)) != 0).float().cpu() if norms else torch.zeros(0)  # NaN counts as reached
+    for i, flag in zip(present, flags.tolist(), strict=True):
+        # squares of gradients below 1e-23 vanish, and so may a norm
+        reached[i] = flag or float(_local(named[i][1].grad).any())  # type: ignore[arg-type]
     reached = ranks.reduce(reached, "max")
     return tuple(name for (name, _), flag in zip(named, reached.tolist(), strict=True) if not flag)
 

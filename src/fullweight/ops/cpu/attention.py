@@ -1,4 +1,4 @@
-"""Attention, indexer choice and indexer loss on a CPU: block products in torch, the rest in fused kernels.
+"""Attention over window and entries: block products in torch, the softmax in a fused kernel.
 
 Queries go in chunks. A chunk's window scores are one batched product of blocks of `BLOCK` queries (all heads
 together: there is one key head) with the window-plus-block keys before them; its entries' scores are one
@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fullweight.core.types import CompressionTable, PackedLayout
+from fullweight.ops.cpu.rows import add_rows, gather_rows
 from fullweight.ops.native import call
 from fullweight.ops.reference import Compressed
 
 BLOCK = 32  # queries that share one window product
 CHUNK = 256  # fewest queries to a chunk, unless the row is shorter
 SCORES = 1 << 20  # scores that exist at the same time, when that allows a larger chunk
-INDEX_SCORES = 1 << 21  # index products that exist at the same time
 
 
 @dataclass(frozen=True)
@@ -293,93 +293,3 @@ def _add_entries(
         return
     rows = torch.bmm(dscores.transpose(1, 2), chunk.q).baddbmm_(probs.transpose(1, 2), do)
     add_rows(dentries, _selected_rows(selected, chunk.start, chunk.stop), rows)
-
-
-def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index], and row 0 where index < 0; rows [R, c], index [...] -> [..., c]."""
-    out, rows = rows.new_empty(*index.shape, rows.shape[1]), rows.contiguous()
-    call(
-        "gather",
-        rows,
-        index.contiguous(),
-        out,
-        index.numel(),
-        rows.shape[1],
-        torch.get_num_threads(),
-        dtype=rows.dtype,
-    )
-    return out
-
-
-def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
-    """out[index] += rows for index >= 0; out [E, c] fp32, index [..., k], rows [..., k, c]."""
-    count, width = index.numel(), out.shape[1]
-    call("scatter_add", rows, index.contiguous(), out, count, width, torch.get_num_threads(), dtype=rows.dtype)
-
-
-def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: CompressionTable, topk: int) -> Tensor:
-    """As the reference's; index products exist for a few queries at a time and scores never in memory."""
-    total, heads, width = queries.shape
-    k = min(topk, keys.shape[0])
-    selected = torch.empty(total, k, dtype=torch.int64)
-    weights = weights.detach().float().contiguous()
-    if not k:
-        return selected
-    a = 0
-    while a < total:
-        reach = max(int(table.entry_end[min(a + CHUNK, total) - 1]) - int(table.entry_begin[a]), 1)
-        size = min(CHUNK, INDEX_SCORES // (heads * reach)) // BLOCK * BLOCK
-        b = min(a + max(BLOCK, size), total)
-        first, last = entry_span(table, a, b)
-        products = queries[a:b].reshape(-1, width) @ keys[first:last].T
-        low, high = ((x[a:b] - first).to(torch.int32) for x in (table.entry_begin, table.entry_end))
-        shape = (b - a, heads, last - first, k, first, torch.get_num_threads())
-        call("select_entries", products, weights[a:b], low, high, selected[a:b], *shape, dtype=queries.dtype)
-        a = b
-    return selected
-
-
-class IndexLoss(torch.autograd.Function):
-    """Sum of KL over the selected entries; its gradients are formed in forward, where the products are."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        weights: Tensor,
-        selected: Tensor,
-        mass: Tensor,
-        num_tokens: int,
-    ) -> Tensor:
-        heads = queries.shape[1]
-        k, threads = selected.shape[1], torch.get_num_threads()
-        wide = weights.detach().float().contiguous()
-        dqueries, dkeys = torch.zeros_like(queries), torch.zeros(keys.shape)
-        dweights = torch.zeros_like(wide)
-        losses = torch.zeros(threads, dtype=torch.float64)
-        total = 0.0
-        for a in range(0, num_tokens if k else 0, CHUNK):
-            b = min(a + CHUNK, num_tokens)
-            index = selected[a:b]
-            picked = gather_rows(keys, index)
-            products = torch.bmm(queries[a:b], picked.transpose(1, 2))
-            counts = (index >= 0).sum(1, dtype=torch.int32)
-            losses.zero_()
-            sizes = (b - a, heads, k, threads)
-            arguments = (products, wide[a:b], counts, mass[a:b], dweights[a:b], losses)
-            call("index_loss", *arguments, *sizes, dtype=queries.dtype)
-            total += float(losses.sum())
-            dqueries[a:b] = torch.bmm(products, picked)
-            add_rows(dkeys, index, torch.bmm(products.transpose(1, 2), queries[a:b]))
-        ctx.save_for_backward(dqueries, dkeys, dweights)
-        ctx.dtypes = keys.dtype, weights.dtype
-        return torch.tensor(total, dtype=torch.float32)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dqueries, dkeys, dweights = ctx.saved_tensors
-        keys_dtype, weights_dtype = ctx.dtypes
-        scaled = (dkeys * grad).to(keys_dtype), (dweights * grad).to(weights_dtype)
-        return dqueries * grad, *scaled, None, None, None
