@@ -41,11 +41,12 @@ class _Book:
     """The recipes of one block's forward pass."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[weakref.ref[Tensor], Recipe]] = []
+        self.entries: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}  # by address
 
     def find(self, tensor: Tensor) -> Tensor | Recipe:
         """The tensor's recipe, or the tensor without its graph, in which a saved output would hold itself."""
-        for reference, recipe in self.entries:
+        if tensor.data_ptr() in self.entries:
+            reference, recipe = self.entries[tensor.data_ptr()]
             result = reference()  # dead once freed: its address may since belong to another tensor
             if result is not None and _same(result, tensor):
                 return recipe
@@ -81,9 +82,10 @@ def offer(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> N
     """Say that function(*inputs) would make `result` again."""
     book = _open.get()
     if book is not None:
-        book.entries.append((weakref.ref(result), Recipe(function, tuple(book.find(t) for t in inputs))))
+        recipe = Recipe(function, tuple(book.find(t) for t in inputs))
+        book.entries[result.data_ptr()] = weakref.ref(result), recipe
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    layout = (a.data_ptr(), a.dtype, a.shape, a.stride())
-    return layout == (b.data_ptr(), b.dtype, b.shape, b.stride())
+    """Whether tensors at one address are one."""
+    return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fullweight.core.errors import ConfigError, DataError
 from fullweight.core.types import Batch, PackedLayout, ParameterRole
 from fullweight.models.deepseek_v4.block import Block, MtpBlock
-from fullweight.models.deepseek_v4.cache import Cache
+from fullweight.models.deepseek_v4.cache import Cache, DecodeContext
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
 from fullweight.models.deepseek_v4.flops import IndexerLoss
@@ -82,13 +82,14 @@ class DeepSeekV4(nn.Module):
         """Losses of one packed row; the auxiliary ones by default only when gradients are on."""
         with_losses = torch.is_grad_enabled() if with_losses is None else with_losses
         context = self._context(batch.tokens, batch.layout, with_losses)
-        streams = self._trunk(context)
+        embedded = self._embed(context.tokens)
+        streams = self._trunk(embedded, context)
         lm, log_probs = self._predict(self._collapse(streams), *batch.targets())
         losses = {"lm": lm}
         if with_losses:
             aux = context.aux
             if self.mtp:
-                losses["mtp"] = self._predict_ahead(streams, batch, context)
+                losses["mtp"] = self._predict_ahead(streams, embedded, batch, context)
             losses["indexer"] = sum(aux.indexer, start=lm.new_zeros(()))
             losses["balance"] = sum(aux.balance, start=lm.new_zeros(()))
         return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts))
@@ -126,7 +127,7 @@ class DeepSeekV4(nn.Module):
     def logits(self, documents: Sequence[Sequence[int]]) -> list[Tensor]:
         """Next-token logits [length, vocabulary] (fp32) of each document of token ids."""
         tokens, layout = self._pack(documents)
-        hidden = self._collapse(self._trunk(self._context(tokens, layout, with_losses=False)))
+        hidden = self._collapse(self._trunk(self._embed(tokens), self._context(tokens, layout, with_losses=False)))
         lengths = list(layout.document_lengths)
         return [self.head(part).float() for part in hidden.split(lengths)]
 
@@ -137,7 +138,7 @@ class DeepSeekV4(nn.Module):
         like = torch.empty(0, dtype=self.compute_dtype, device=tokens.device)
         cache = Cache(self.config, len(prompts), capacity, like)
         context = self._context(tokens, layout, with_losses=False, cache=cache)
-        hidden = self._collapse(self._trunk(context))
+        hidden = self._collapse(self._trunk(self._embed(tokens), context))
         cache.lengths = torch.tensor(layout.document_lengths, device=tokens.device)
         last = torch.cumsum(cache.lengths, 0) - 1
         return self.head(hidden[last]).float(), cache
@@ -146,10 +147,7 @@ class DeepSeekV4(nn.Module):
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits [B, vocabulary] after one more token [B] for each sequence of the cache."""
         context = cache.step(tokens)
-        streams = self._embed(tokens)
-        for layer in self.layers:
-            streams = layer(streams, context)
-        return self.head(self._collapse(streams)).float()
+        return self.head(self._collapse(self._trunk(self._embed(tokens), context))).float()
 
     # ---- parts --------------------------------------------------------------------------------------
 
@@ -174,11 +172,11 @@ class DeepSeekV4(nn.Module):
         return Context.build(self.config, tokens, layout, with_losses, capture, dense_csa=dense)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        embedded = nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)
-        return embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        return nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)
 
-    def _trunk(self, context: Context) -> Tensor:
-        streams = self._embed(context.tokens)
+    def _trunk(self, embedded: Tensor, context: Context | DecodeContext) -> Tensor:
+        """Embedded tokens [T, d] through all blocks to streams [T, n, d]."""
+        streams = embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         for layer in self.layers:
             streams = layer(streams, context)
         return streams
@@ -189,14 +187,12 @@ class DeepSeekV4(nn.Module):
     def _predict(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return self.ops.cross_entropy(hidden, self.head.weight, targets, weights.to(self.norm.weight.dtype))
 
-    def _predict_ahead(self, streams: Tensor, batch: Batch, context: Context) -> Tensor:
+    def _predict_ahead(self, streams: Tensor, embedded: Tensor, batch: Batch, context: Context) -> Tensor:
         positions = batch.layout.positions
         inside = torch.zeros_like(context.valid)
         inside[:-1] = positions[1:] == positions[:-1] + 1
-        following = torch.where(inside, batch.tokens.roll(-1), 0)
-        embedded = nn.functional.embedding(following, self.embed.weight).to(self.compute_dtype)
-        embedded = embedded * inside.unsqueeze(1).to(embedded.dtype)
+        following = embedded.roll(-1, 0) * inside.unsqueeze(1).to(embedded.dtype)
         # a document's last token has no next one to read: it counts in no load and no loss
         context = replace(context, valid=context.valid & inside)
-        hidden = self.mtp[0](streams, embedded, context)
+        hidden = self.mtp[0](streams, following, context)
         return self._predict(hidden, *batch.targets(2))[0]
