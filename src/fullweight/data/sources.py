@@ -27,6 +27,7 @@ from pydantic import Field, model_validator
 
 from fullweight.core.config import Config
 from fullweight.core.errors import DataError
+from fullweight.data.encoding.conversation import content_text
 from fullweight.data.synth import SynthConfig, generate
 
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -222,7 +223,13 @@ def _messages(value: Any, column: str, where: str) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message.get("role"), str):
             raise DataError(f"{where}: {column}[{index}] has no role; found keys {sorted(map(str, message))}")
-    return value
+    return [_flat(message, f"{where}: {column}[{index}]") for index, message in enumerate(value)]
+
+
+def _flat(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The message with text blocks joined: what is said, by which samples are compared, is then a string."""
+    content = message.get("content")
+    return {**message, "content": content_text(content, where)} if isinstance(content, list) else message
 
 
 def _missing(name: str, found: Sequence[str]) -> str:

@@ -228,7 +228,12 @@ _BAD = {
     r"message 1 \(user\): content is missing": _chat({"role": "user"}, _assistant()),
     "content is empty; give": _chat(_user(""), _assistant()),
     r"message 2 \(assistant\): content is missing": _chat(_user(), {"role": "assistant"}),
-    "content must be a string, found list": _chat(_user([{"type": "text", "text": "x"}]), _assistant()),
+    r"message 1 \(user\): content block 2 is of type 'image_url', and this model reads text only": _chat(
+        _user([{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}]), _assistant()
+    ),
+    "content block 1 must be like": _chat(_user(["x"]), _assistant()),
+    r"message 2 \(assistant\): content block 1 must be like": _chat(_user(), _assistant([{"type": "text"}])),
+    "content is empty; give it": _chat(_user([]), _assistant()),
     "content must be a string, found int": _chat(_user(), _assistant(4)),
     "reasoning_content must be a string": _chat(_user(), _assistant("A", reasoning_content={"a": 1})),
     "it answers nothing": _chat(_assistant()),

@@ -44,6 +44,28 @@ def test_messages_come_back_with_their_place_and_id(tmp_path):
     assert first.digest == second.digest == second.sample["id"]
 
 
+def test_text_blocks_say_what_a_string_says(tmp_path):
+    """OpenAI-style blocks become text, so that the same question in both forms is one question."""
+    blocks = [{"type": "text", "text": "1+1?"}]
+    path = write(
+        tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": [{"role": "user", "content": blocks}, CHAT[1]]}
+    )
+    one, two = samples_of(path)
+    assert two.sample["messages"] == CHAT
+    assert one.digest == two.digest
+    assert question_digest(one.sample) == question_digest(two.sample)
+
+
+def test_an_image_is_refused_by_file_and_line(tmp_path):
+    """The message says which block of which message of which line, and what it is."""
+    blocks = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    path = write(
+        tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": [{"role": "user", "content": blocks}, CHAT[1]]}
+    )
+    with pytest.raises(DataError, match=r"a\.jsonl:2: messages\[0\]: content block 2 is of type 'image_url'"):
+        samples_of(path)
+
+
 def test_bom_crlf_and_a_missing_last_newline_are_read(tmp_path):
     """What Windows editors write is a good file; U+2028 inside a string ends no line."""
     line = json.dumps({"text": "ä\u2028b"}, ensure_ascii=False).encode()

@@ -7,7 +7,9 @@ neighbouring user messages become one user message, results in the order of the 
 Stricter than the published encoder, which drops or misrenders these silently; each raises DataError: unknown
 keys, a task that no answer follows or that a merge would lose, call arguments that are not a JSON object, a
 result that answers no call, an answer that follows no question. Keys that are null or empty count as absent
-(columnar files fill them in). Content must be a string: images and content blocks are not supported.
+(columnar files fill them in). Content is a string or a list of text blocks, `{"type": "text", "text": ...}`, which
+are joined as the encoding joins blocks (the encoder does so in user messages and tool results; here in every
+role). Images and other kinds of block are refused by name.
 
 Source: merge_tool_messages and sort_tool_results_by_call_order of the released encoding_dsv4.py.
 """
@@ -32,6 +34,7 @@ _ROLE_KEYS: dict[str, set[str]] = {
     "tool": {"tool_call_id"},
     "latest_reminder": set(),
 }
+BLOCK_SEPARATOR = "\n\n"  # of all encodings so far
 _COMMON_KEYS = {"role", "content", "mask", "train"}
 _IGNORED_KEYS = {"id", "name", "type", "metadata", "timestamp"}
 _THINKING = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
@@ -90,6 +93,30 @@ def sample_label(sample: Mapping[str, Any]) -> str:
     return f"sample {sample['id']!r}" if sample.get("id") else "sample"
 
 
+def content_text(content: Any, where: str, separator: str = BLOCK_SEPARATOR) -> str:
+    """The text of a message's content: None, a string, or a list of text blocks, joined by `separator`.
+
+    Raises DataError for anything else, naming the kind of block.
+    """
+    if not isinstance(content, list | tuple):
+        return _string(content, "content", where)
+    texts = []
+    for number, block in enumerate(content, 1):
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        if kind is not None and kind != "text":
+            raise DataError(
+                f"{where}: content block {number} is of type {kind!r}, and this model reads text only; remove the "
+                "block or leave the sample out"
+            )
+        if kind is None or not isinstance(block.get("text"), str):
+            raise DataError(
+                f'{where}: content block {number} must be like {{"type": "text", "text": "..."}}, '
+                f"found {_show(block)}"
+            )
+        texts.append(block["text"])
+    return separator.join(texts)
+
+
 def _parse_message(raw: Any, where: str, encoding: Encoding) -> Message:
     if not isinstance(raw, Mapping):
         raise DataError(f"{where}: expected an object with role and content, found {_show(raw)}")
@@ -105,7 +132,7 @@ def _parse_message(raw: Any, where: str, encoding: Encoding) -> Message:
     message = Message(
         role=role,
         where=where,
-        content=_string(raw, "content", where),
+        content=content_text(raw.get("content"), where, encoding.fill("block_separator")[0].text),
         tools=_tool_schemas(values.get("tools"), where),
         response_format=_json(values["response_format"]) if "response_format" in values else "",
         task=_task(values.get("task"), role, where, encoding),
@@ -125,7 +152,7 @@ def _parse_message(raw: Any, where: str, encoding: Encoding) -> Message:
 
 def _parse_assistant(message: Message, raw: Mapping[str, Any], where: str) -> Message:
     calls = tuple(_tool_call(call, where) for call in _list(raw.get("tool_calls"), "tool_calls", where))
-    content, reasoning = message.content, _string(raw, "reasoning_content", where)
+    content, reasoning = message.content, _string(raw.get("reasoning_content"), "reasoning_content", where)
     if raw.get("reasoning_content") is None:
         reasoning, content = _split_thinking(content, where)
     elif content.lstrip().startswith("<think>") and reasoning:
@@ -286,10 +313,9 @@ def _flag(values: Mapping[str, Any], key: str, where: str, default: bool) -> boo
     return bool(value)
 
 
-def _string(raw: Mapping[str, Any], key: str, where: str) -> str:
-    value = raw.get(key)
+def _string(value: Any, what: str, where: str) -> str:
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: {key} must be a string, found {_show(value)}")
+        raise DataError(f"{where}: {what} must be a string, found {_show(value)}")
     return value or ""
 
 
