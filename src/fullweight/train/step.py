@@ -94,7 +94,7 @@ def training_step(
 ) -> StepResult:
     """Run one step over this rank's micro-batches (on the device) and apply it unless the guard refuses.
 
-    Raises TrainingError when no token of the step, on any rank, is to be learnt.
+    Raises TrainingError when no token of the step, on any rank, is to be learnt, or no trained parameter reached.
     """
     counts, tokens = _global_counts(model, method, batches, ranks)
     phases.end("data")
@@ -103,6 +103,11 @@ def training_step(
     for batch in batches:
         output = method.forward(model, batch)
         total = weighted_total(output.losses, counts, losses)
+        if not total.requires_grad:
+            raise TrainingError(
+                "no loss of this step depends on a parameter that trains; train.trainable and train.frozen must "
+                "leave one that train.indexer_loss, the method or the model's other losses reach"
+            )
         for name, value in output.losses.items():
             sums[name] = sums.get(name, 0) + value.detach().double()
         expert_counts = output.expert_counts if expert_counts is None else expert_counts + output.expert_counts

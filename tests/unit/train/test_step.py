@@ -121,6 +121,14 @@ def test_a_step_without_a_trained_token_is_an_error_before_the_forward_pass() ->
     assert model.weight.grad is None
 
 
+def test_a_step_that_can_train_nothing_is_an_error() -> None:
+    """Everything that the losses read is frozen: a message, not autograd's complaint."""
+    model = Line()
+    model.weight.requires_grad_(False)
+    with pytest.raises(TrainingError, match="depends on a parameter that trains"):
+        run(model, [FIRST])
+
+
 def test_a_component_without_count_adds_nothing() -> None:
     """A packed row can hold no token two ahead; 0 / 0 must not poison the total."""
     total = weighted_total(
