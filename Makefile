@@ -29,7 +29,7 @@ $(shell test -x $(BIN)/python || rm -f $(RUNTIME) $(DEVELOP))
 
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup quickstart test test-multi test-slow lint bench clean
+.PHONY: help setup quickstart test test-multi test-slow test-crash lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -40,13 +40,16 @@ quickstart: $(RUNTIME) ## train a small model on generated tasks, with scores, r
 	$(BIN)/fullweight train recipes/quickstart.toml --output $(RUN)
 
 test: $(DEVELOP) ## every test that takes seconds
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not crash" $(PYTEST_FLAGS)
 
 test-multi: $(DEVELOP) ## only the tests with several ranks on this machine
 	$(BIN)/python -m pytest tests/multi $(PYTEST_FLAGS)
 
 test-slow: $(DEVELOP) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-crash: $(DEVELOP) ## kill, damage, fill disks: the sweep over checkpoints (minutes)
+	$(BIN)/python -m pytest -m crash tests/crash $(PYTEST_FLAGS)
 
 lint: $(DEVELOP) ## ruff, mypy, and the rules on who may import whom
 	$(BIN)/ruff check .

@@ -89,13 +89,19 @@ class Saver:
             self._start(lambda: self._attempts(copy, facts))
         return Stall(time.perf_counter() - began, waited, reason)
 
-    def wait(self) -> None:
-        """Until nothing is being written; raises what broke the writer, if it was not the disk."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until nothing is being written, or so long; whether nothing is.
+
+        Raises what broke the writer, if it was not the disk.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
             self._thread = None
         if self._broken is not None:
             raise self._broken
+        return True
 
     def reports(self) -> list[Report]:
         """What happened since the last call, in order; raises what broke the writer, if it was not the disk."""

@@ -1,8 +1,8 @@
 """A copy of the training state in host memory, so that training can go on while it is written.
 
 The buffers live from one save to the next: only the first snapshot pays for new pages, and on an accelerator they
-are pinned. A snapshot that would not fit into memory is not taken: a job killed at its first save loses more than
-a synchronous save costs.
+are pinned. A snapshot that would not fit beside the next step is not taken: a job killed at its first save loses
+more than a synchronous save costs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_SPARE = 1.1  # beyond the copy itself: what writing and the next step allocate
+_SPARE = 1.1  # beyond the copy itself: what writing allocates
 
 
 class Snapshot:
@@ -34,10 +34,13 @@ class Snapshot:
         """None when the copy fits into this machine's free memory, else why it does not."""
         missing = sum(t.nbytes for n, t in _locals(state).items() if not self._fits(n, t))
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        needed, free = int(missing * _SPARE) * neighbours, available_memory_bytes()
-        if needed <= free:
+        needed = (int(missing * _SPARE) + released_bytes()) * neighbours
+        free = available_memory_bytes()
+        if not missing or needed <= free:
             return None
-        return f"a copy needs {needed / 1e9:,.2f} GB of host memory, {free / 1e9:,.2f} GB are free"
+        return (
+            f"a copy and the next step need {needed / 1e9:,.2f} GB of host memory, {free / 1e9:,.2f} GB are free"
+        )
 
     def take(self, state: State) -> dict[str, Tensor]:
         """The state with every tensor copied to the host; valid until the next call."""
@@ -62,6 +65,18 @@ class Snapshot:
     def _fits(self, name: str, source: Tensor) -> bool:
         buffer = self._buffers.get(name)
         return buffer is not None and (buffer.shape, buffer.dtype) == (source.shape, source.dtype)
+
+
+def released_bytes() -> int:
+    """What this process held at its peak and holds no longer: a step will take it again."""
+    try:
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    except OSError:
+        return 0
+    sizes = {
+        name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines) if "kB" in rest
+    }
+    return max(sizes.get("VmHWM", 0) - sizes.get("VmRSS", 0), 0)
 
 
 def available_memory_bytes() -> int:

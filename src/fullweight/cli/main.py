@@ -14,6 +14,7 @@ import sys
 import typer
 
 from fullweight.cli.bench import bench_app
+from fullweight.cli.bench_checkpoint import bench_checkpoint_command
 from fullweight.cli.bench_convert import bench_convert_command
 from fullweight.cli.chat import chat_command
 from fullweight.cli.checkpoint import checkpoint_app
@@ -39,6 +40,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")
 bench_app.command("convert")(bench_convert_command)
+bench_app.command("checkpoint")(bench_checkpoint_command)
 app.add_typer(bench_app, name="bench")
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

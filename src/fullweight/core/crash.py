@@ -1,9 +1,9 @@
 """Dying on request at a named point, so that tests can kill a process exactly where it hurts.
 
-`FULLWEIGHT_CRASH_AT="save.shard"` makes the process send itself SIGKILL the first time it comes to that point;
-`FULLWEIGHT_CRASH_AT="save.shard rank=1 nth=2 delay=0.5"` does so on rank 1 only, at the second time, half a
-second after it got there. Points lie around writing and reading of checkpoints, none in the training step.
-Without the variable a point costs one look-up in the environment.
+`FULLWEIGHT_CRASH_AT="save.manifest"` makes rank 0 send itself SIGKILL the first time it comes to that point;
+`FULLWEIGHT_CRASH_AT="save.shard rank=1 save=2 nth=100 delay=0.5"` does so on rank 1, in the second save of the
+process, at the hundredth write, half a second after it got there. Points lie around writing and reading of
+checkpoints, none in the training step. Without the variable a point costs one look-up in the environment.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ def _meet(name: str, wanted: str) -> None:
     point, *settings = wanted.split()
     options = dict(setting.split("=") for setting in settings)
     assert point in POINTS, f"{VARIABLE}={wanted!r}; points: {', '.join(POINTS)}"
-    if point != name or ("rank" in options and options["rank"] != os.environ.get("RANK", "0")):
+    if name == "save.begin":
+        _met["save"] += 1
+    if (
+        point != name
+        or options.get("rank", "0") != os.environ.get("RANK", "0")
+        or int(options.get("save", _met["save"])) != _met["save"]
+    ):
         return
     _met[name] += 1
     if _met[name] == int(options.get("nth", "1")):

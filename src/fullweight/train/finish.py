@@ -7,6 +7,7 @@ again (a run interrupted here is resumed at its last step) replaces nothing that
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fullweight.checkpoint import hf
+from fullweight.core.crash import crash_point
 from fullweight.report.build import build_report
 from fullweight.train.assemble import Run
 from fullweight.train.evaluate import Answer
@@ -43,15 +45,19 @@ def export(run: Run) -> None:
         return
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = cast(dict[str, Tensor], get_model_state_dict(run.model, options=options))
+    if not run.ranks.is_main:
+        crash_point("export")
+
+    def write_tokenizer(folder: Path) -> None:
+        run.tokenizer.save(folder)
+        crash_point("export")
+
     with run.ranks.main_first_failure():
         if run.ranks.is_main:
-            hf.export_tensors(
-                tensors,
-                run.architecture,
-                run.folder.export,
-                run.config.export.dtype,
-                run.tokenizer.save,
-            )
+            final = run.folder.export
+            for unfinished in final.parent.glob(f".{final.name}.writing-*"):  # of a process that was killed here
+                shutil.rmtree(unfinished)
+            hf.export_tensors(tensors, run.architecture, final, run.config.export.dtype, write_tokenizer)
 
 
 def show_answers(count: int, answers: Sequence[Answer], reporter: Reporter) -> None:

@@ -23,6 +23,8 @@ from fullweight.train.assemble import Run
 from fullweight.train.records import Records
 from fullweight.train.run_folder import RunFolder
 
+_LOOK_SECONDS = 0.2
+
 
 class Saving:
     """Saves of one run; all ranks call every method together, except `report`."""
@@ -55,7 +57,8 @@ class Saving:
 
     def finish(self) -> None:
         """Wait for the last save. Raises TrainingError when checkpoints can no longer be written."""
-        self._saver.wait()
+        while not self._saver.wait(_LOOK_SECONDS):
+            self.report()
         self.report()
         failure = self._saver.gave_up
         if failure is not None:

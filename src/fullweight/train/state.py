@@ -50,14 +50,14 @@ class TrainState:
     _spare_generators: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, by name, not copied; sharded ones as DTensors."""
+        """Everything that is a tensor, by name in order, not copied; sharded ones as DTensors."""
         state = _weights(self.model)
         for prefix, optimizer, parameter in self._optimised():
             for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
                 state[f"{prefix}.{key}"] = value
         for device, generator in _generators(self.ranks.device).items():
             state[f"random.rank_{self.ranks.rank}.{device}"] = generator
-        return state | self._spare_generators
+        return dict(sorted((state | self._spare_generators).items()))
 
     def position(self) -> dict[str, Any]:
         """Everything else, equal on all ranks, for JSON."""

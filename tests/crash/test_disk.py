@@ -1,0 +1,129 @@
+"""A disk that fills up or refuses writes: the run stops with a reason, and goes on once there is room."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.crash.conftest import Whole
+from tests.crash.runs import RECIPE, SETTINGS, assert_same_in_the_end, lines, resume, train
+from tests.processes import Ended, fullweight
+
+from fullweight.checkpoint import store
+from fullweight.checkpoint.generations import choose
+from fullweight.cli.main import main
+
+pytestmark = pytest.mark.crash
+
+
+@contextmanager
+def mounted(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system in memory of that size; skips where this user may not mount."""
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def used_kilobytes(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize // 1024
+
+
+def main_that_expects_room(arguments: list[str]) -> int:
+    """The command line on a disk whose free space looks endless, such as behind a quota."""
+    store.free_bytes = lambda folder: 1 << 60
+    return main(arguments)
+
+
+def main_on_a_disk_that_fails_once(arguments: list[str]) -> int:
+    """The command line on a disk that has no room at the first look."""
+    free, looks = store.free_bytes, [0]
+
+    def none_at_first(folder: Path) -> int:
+        looks[0] += 1
+        return 0 if looks[0] == 1 else free(folder)
+
+    store.free_bytes = none_at_first
+    return main(arguments)
+
+
+def stopped_at_step_4(folder: Path, ranks: int) -> None:
+    """A run with one checkpoint, of step 2, and a second one, of step 4, newest."""
+    assert not train(folder, ranks, "save.begin save=3").ok
+    assert choose(folder / "checkpoints").generation.step == 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("free_kilobytes", [0, 40, 1000, 4000])
+@pytest.mark.parametrize("known", [True, False], ids=["room-known", "room-unknown"])
+def test_a_full_disk_stops_the_run_and_harms_nothing(
+    known: bool, free_kilobytes: int, ranks: int, tmp_path: Path, whole: Whole
+) -> None:
+    """At several sizes, seen before writing or met while writing; then, with room again, the same bits."""
+    with mounted(tmp_path / "disk", 64) as disk:
+        folder = disk / "run"
+        stopped_at_step_4(folder, ranks)
+        remount(disk, f"size={used_kilobytes(disk) + free_kilobytes}k")
+        ended = run_resume(folder, ranks, known)
+        assert all(status == 1 for status in ended.statuses), ended.output
+        assert "Traceback" not in ended.output
+        if free_kilobytes >= 40:  # below, the ledger cannot be written either
+            assert "checkpoint failed (attempt 1 of 2)" in ended.output
+            assert "2 attempts in a row to save step 6 failed" in ended.output
+            assert "MB are needed" in ended.output or "No space left on device" in ended.output
+            assert known == ("MB are needed" in ended.output)
+            events = [e["what"] for e in lines(folder, "event")]
+            assert events.count("checkpoint_failed") == 2
+        assert choose(folder / "checkpoints").generation.step == 4
+        remount(disk, "size=64m")
+        again = resume(folder, ranks)
+        assert again.ok, again.output
+        assert_same_in_the_end(folder, whole(ranks))
+
+
+def run_resume(folder: Path, ranks: int, known: bool) -> Ended:
+    call = "fullweight.cli.main:main" if known else f"{__name__}:main_that_expects_room"
+    return fullweight("resume", folder, ranks=ranks, call=call)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_read_only_disk_is_said(ranks: int, tmp_path: Path, whole: Whole) -> None:
+    """Before any work; the run continues when it can be written again."""
+    with mounted(tmp_path / "disk", 64) as disk:
+        folder = disk / "run"
+        stopped_at_step_4(folder, ranks)
+        remount(disk, "ro")
+        ended = resume(folder, ranks)
+        assert all(status == 1 for status in ended.statuses), ended.output
+        assert "Read-only file system" in ended.output
+        assert "Traceback" not in ended.output
+        remount(disk, "rw")
+        assert resume(folder, ranks).ok
+        assert_same_in_the_end(folder, whole(ranks))
+
+
+def test_a_disk_that_recovers_loses_nothing(tmp_path: Path, whole: Whole) -> None:
+    """One failed attempt, then room: the same step is saved at the second, and the run never stopped."""
+    folder = tmp_path / "run"
+    chosen = [part for setting in SETTINGS for part in ("--set", setting)]
+    call = f"{__name__}:main_on_a_disk_that_fails_once"
+    ended = fullweight("train", RECIPE, *chosen, "--output", folder, call=call)
+    assert ended.ok, ended.output
+    events = [e for e in lines(folder, "event") if e["what"].startswith("checkpoint_")]
+    assert [e["what"] for e in events[:2]] == ["checkpoint_failed", "checkpoint_written"]
+    assert events[1]["generation"] == "step-2"
+    assert_same_in_the_end(folder, whole(1))
