@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fullweight.checkpoint.catalogue import few
-from fullweight.checkpoint.export import ExportFormat, ModelWeights, Names, Progress, write_checkpoint
+from fullweight.checkpoint.export import ModelWeights, Progress, write_checkpoint
 from fullweight.checkpoint.folder import PublishedFolder, shard_paths
+from fullweight.checkpoint.plan import ExportFormat, Names
 from fullweight.checkpoint.published import INDEX
 from fullweight.checkpoint.source import SourceForm
 from fullweight.core.errors import CheckpointError

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fullweight.checkpoint.export import Progress, new_folder, published_config
+from fullweight.checkpoint.export import Progress, new_folder
 from fullweight.checkpoint.folder import row_chunks
+from fullweight.checkpoint.plan import published_config
 from fullweight.checkpoint.published import (
     FP4_COLUMNS,
     FP8_BLOCK,
