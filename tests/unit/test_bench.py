@@ -143,7 +143,9 @@ def test_waiting_counts_only_time_ready_to_run() -> None:
 
 def test_a_real_run_of_every_kind() -> None:
     """The tiny model through the real step, transformers and matmul, in real subprocesses."""
-    config = BenchConfig(preset="tiny", lengths=(40,), documents=2, repeats=2, warm_up=0, seconds=0, optimizer="muon")
+    config = BenchConfig(
+        preset="tiny", lengths=(40,), documents=2, repeats=2, warm_up=0, seconds=0, optimizer="muon"
+    )
     runs = run_suite(config, lambda _: None)
     assert [run.error for run in runs] == [None] * 4
     summary = summarise(config, runs)
