@@ -148,13 +148,13 @@ def test_another_runs_checkpoint_is_refused(damaged: Path, whole: Whole) -> None
 
 
 def test_another_models_checkpoint_is_refused(damaged: Path) -> None:
-    """What differs is named, before a model is built."""
+    """What differs is named, before a model is built; here every tensor has the same shape."""
     config = damaged / "config.json"
-    config.write_text(config.read_text().replace('"changes": {}', '"changes": {"num_hidden_layers": 3}'))
+    config.write_text(config.read_text().replace('"changes": {}', '"changes": {"routed_scaling_factor": 7.0}'))
     ended = resume(damaged, 2)
     assert ended.statuses == (1, 1)
     assert "is a checkpoint of another model: " in ended.output
-    assert "num_hidden_layers is" in ended.output
+    assert "routed_scaling_factor is " in ended.output
 
 
 def test_another_optimiser_is_refused(damaged: Path) -> None:

@@ -52,6 +52,7 @@ class CheckpointBench:
     timings: list[Timing]
     stall_seconds: float  # of the training thread, for a save in the background
     training_speed_meanwhile: float  # matmul rate while a save is written, over the rate alone
+    seconds_meanwhile: float  # that such a save takes, at low priority beside matmuls that never pause
     waited_share: float | None
 
     def seconds(self, operation: str) -> float:
@@ -69,29 +70,27 @@ def measure_checkpoint(folder: Path, megabytes: int = 512, repeats: int = 5, see
     state = {f"model.{i}": torch.randn(_TENSOR_BYTES // 4, generator=generator) for i in range(count)}
     size, waiting = store.local_bytes(state), Waiting()
     seconds: dict[str, list[float]] = {}
-    stalls, shares = [], []
+    beside: list[tuple[float, float, float]] = []
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-checkpoint-") as name:
         for repeat in range(repeats + 1):
             for operation, elapsed in _once(Path(name), state).items():
                 if repeat:  # the first touches pages and imports
                     seconds.setdefault(operation, []).append(elapsed)
-            stall, share = _beside_training(Path(name), state)
+            noticed = _beside_training(Path(name), state)
             if repeat:
-                stalls.append(stall)
-                shares.append(share)
+                beside.append(noticed)
     timings = [
         Timing(operation, median := statistics.median(times), size / median, (max(times) - min(times)) / median)
         for operation, times in seconds.items()
     ]
-    return CheckpointBench(
-        size, Peers().num_threads, timings, statistics.median(stalls), statistics.median(shares), waiting.share()
-    )
+    stall, speed, meanwhile = (statistics.median(values) for values in zip(*beside, strict=True))
+    return CheckpointBench(size, Peers().num_threads, timings, stall, speed, meanwhile, waiting.share())
 
 
 def _once(folder: Path, state: dict[str, Tensor]) -> dict[str, float]:
     """Seconds of each operation, everything written removed again."""
     plain, library, ours = folder / "plain", folder / "library", folder / "ours"
-    target = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    target = {name: torch.ones_like(tensor) for name, tensor in state.items()}  # pages touched, as a model's are
     copies = Snapshot()
     copies.take(state)
     found: dict[str, float] = {}
@@ -123,8 +122,8 @@ def _once(folder: Path, state: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _beside_training(folder: Path, state: dict[str, Tensor]) -> tuple[float, float]:
-    """(stall of a background save, speed of matmuls while it is written over their speed alone)."""
+def _beside_training(folder: Path, state: dict[str, Tensor]) -> tuple[float, float, float]:
+    """(stall of a background save, speed of matmuls while it is written over their speed alone, its seconds)."""
     saver = Saver(folder / "beside", SaveConfig())
     saver.save(state, _facts())
     saver.wait()
@@ -132,10 +131,12 @@ def _beside_training(folder: Path, state: dict[str, Tensor]) -> tuple[float, flo
     stall = saver.save(state, _facts())
     thread = saver._thread
     assert thread is not None
+    began = time.perf_counter()
     meanwhile = _matmuls(lambda done: thread.is_alive())
+    seconds = time.perf_counter() - began
     saver.wait()
     shutil.rmtree(folder / "beside")
-    return stall.seconds, meanwhile / alone
+    return stall.seconds, meanwhile / alone, seconds
 
 
 def _matmuls(go_on: Callable[[float], bool]) -> float:

@@ -1,10 +1,11 @@
 """Saving while training goes on: a snapshot, one background writer, retries, and a limit to failing.
 
 `save` waits for the save before it, copies the state to host memory and returns; the time that took is the stall.
-A thread then writes the copy with its own process group. One write is in flight at a time, so two saves never
-overlap on disk and memory holds one copy. A failed attempt is reported, and the same snapshot is tried again after
-a pause that doubles; after `max_failures` in a row the writer gives up for good, and the loop must stop: the last
-generation that was written is untouched. All ranks see the same attempts fail, because `store.save` agrees.
+A thread then writes the copy with its own process group and, on Linux, at a low priority. One write is in flight
+at a time, so two saves never overlap on disk and memory holds one copy. A failed attempt is reported, and the same
+snapshot is tried again after a pause that doubles; after `max_failures` in a row the writer gives up for good, and
+the loop must stop: the last generation that was written is untouched. All ranks see the same attempts fail,
+because `store.save` agrees.
 
 What went wrong is never kept back: `reports` hands over every outcome once, and an error that is not the disk's is
 raised again in the training thread.
@@ -12,7 +13,9 @@ raised again in the training thread.
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +33,8 @@ from fullweight.checkpoint.store import Saved, State
 from fullweight.core.config import Config
 from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError
+
+_BACKGROUND_NICENESS = 10  # about a tenth of a processor beside a busy thread, all of it beside none
 
 
 class SaveConfig(Config):
@@ -115,6 +120,7 @@ class Saver:
     def _start(self, work: Callable[[], Any]) -> None:
         def run() -> None:
             try:
+                _yield_to_training()
                 crash_point("save.flush")
                 work()
             except BaseException as error:
@@ -138,3 +144,9 @@ class Saver:
             else:
                 self._reports.put(saved)
                 return
+
+
+def _yield_to_training() -> None:
+    """Let this thread, and those it starts, have a processor when training leaves one."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)

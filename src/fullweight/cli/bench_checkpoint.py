@@ -48,7 +48,7 @@ def bench_checkpoint_command(
     console.print(f"digests and reading back: {ours - library:+.3f} s on {library:.3f} s of the library alone")
     console.print(
         f"training waits {found.stall_seconds:.3f} s for a save in the background, and runs at "
-        f"{found.training_speed_meanwhile:.0%} of its speed while it is written"
+        f"{found.training_speed_meanwhile:.0%} of its speed during the {found.seconds_meanwhile:.1f} s of writing"
     )
     if found.waited_share is not None and found.waited_share > 0.05:
         console.print(
