@@ -52,6 +52,8 @@ def test_every_step_is_recorded_in_full(finished: Path) -> None:
         assert set(line["loss"]) == {"lm", "mtp", "indexer", "balance"}
         assert set(line["seconds"]) == {"data", "forward", "backward", "optimizer", "total"}
         assert line["routing"] == "natural"
+        assert line["parameters"] == {"total": 522092, "trained": 522092}
+        assert line["without_gradient"] == [], "each step of the recipe reaches every parameter"
         assert line["tokens"]["real"] + line["tokens"]["padding"] == 512
         assert line["mfu_convention"]
         assert line["peak"]["source"]

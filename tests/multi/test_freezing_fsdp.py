@@ -81,6 +81,7 @@ def test_two_ranks_follow_one(trainable: str, prefixes: tuple[str, ...], tmp_pat
             assert torch.equal(sharded[name], start), name
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_a_partly_frozen_run_exactly(tmp_path: Path) -> None:
     """A sharded checkpoint with moments for a part of the weights continues bit for bit."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
