@@ -279,6 +279,39 @@ def test_inputs_need_not_be_contiguous(ops: ReferenceOperations) -> None:
             torch.testing.assert_close(a.grad, b.grad)
 
 
+FREEZABLE: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "linear": (lambda ops, x, w: ops.linear(x, w), [(9, 8), (5, 8)]),
+    "wide_linear": (lambda ops, x, w: ops.wide_linear(x, w), [(9, 8), (5, 8)]),
+    "grouped_linear": (lambda ops, x, w: ops.grouped_linear(x, w), [(9, 2, 4), (6, 4)]),
+    "experts": (
+        lambda ops, x, w, u, d: ops.experts(x, torch.tensor([[0, 2], [2, 1], [0, 1]]), w, u, d, 2.0),
+        [(3, 4), (3, 2), (4, 6, 4), (4, 4, 3)],
+    ),
+    "cross_entropy": (
+        lambda ops, h, w: ops.cross_entropy(h, w, torch.tensor([0, 4, 2]), torch.tensor([1.0, 0.5, 0.0]))[0],
+        [(3, 4), (5, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(FREEZABLE))
+def test_a_frozen_input_gets_no_gradient_and_changes_no_other(ops: ReferenceOperations, name: str) -> None:
+    function, shapes = FREEZABLE[name]
+
+    def gradients(frozen: int | None) -> list[Tensor | None]:
+        inputs = [random(*shape, seed=i).requires_grad_(i != frozen) for i, shape in enumerate(shapes)]
+        function(ops, *inputs).sum().backward()
+        return [x.grad for x in inputs]
+
+    every = gradients(None)
+    for frozen in range(len(shapes)):
+        for index, gradient in enumerate(gradients(frozen)):
+            if index == frozen:
+                assert gradient is None
+            else:
+                assert torch.equal(gradient, every[index]), index  # type: ignore[arg-type]
+
+
 # float64, or the rotation would round the differences
 WIDE_TURN = tuple(x.double() for x in angles(10, 1))
 

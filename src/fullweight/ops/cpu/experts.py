@@ -42,22 +42,27 @@ class ExpertMixture(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, scale, gate_up, down = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
-        dgate_up, ddown = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert in plan.idle():
-            dgate_up[expert].zero_()
-            ddown[expert].zero_()
+        dgate_up, ddown = (
+            torch.empty_like(weight) if wanted else None
+            for weight, wanted in zip((gate_up, down), ctx.needs_input_grad[3:5], strict=True)
+        )
+        for gradient in (dgate_up, ddown):
+            if gradient is not None:
+                gradient[plan.idle()] = 0
         dscale, dx_rows = torch.empty_like(scale), x.new_empty(plan.num_rows, x.shape[1])
         f = down.shape[2]
         for expert, rows in plan.experts():
-            grad_rows, x_rows = gather_rows(grad, plan.token[rows]), gather_rows(x, plan.token[rows])
+            grad_rows = gather_rows(grad, plan.token[rows])
             count = len(grad_rows)
             dactivation, activation = x.new_empty(count, f), x.new_empty(count, f)
             dhidden = x.new_empty(count, 2 * f)
             mm_tiles(grad_rows, cast(down[expert], x.dtype), dactivation)
             buffers = (dactivation, hidden[rows], scale[rows], dhidden, dscale[rows], activation)
             call("swiglu_backward", *buffers, count, f, float(ctx.limit), torch.get_num_threads(), dtype=x.dtype)
-            ddown[expert] = grad_rows.T @ activation
-            dgate_up[expert] = dhidden.T @ x_rows
+            if ddown is not None:
+                ddown[expert] = grad_rows.T @ activation
+            if dgate_up is not None:
+                dgate_up[expert] = dhidden.T @ gather_rows(x, plan.token[rows])
             mm_tiles(dhidden, cast(gate_up[expert], x.dtype), dx_rows[rows])
         dx = combine(dx_rows, plan.place, x.shape[0], ctx.top_k)
         dweights = dscale[plan.place].view(-1, ctx.top_k).to(ctx.weights_dtype)

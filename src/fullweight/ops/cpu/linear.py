@@ -39,10 +39,10 @@ class WideLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dx = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return dx, grad.T @ x.to(grad.dtype)
+        return dx, grad.T @ x.to(grad.dtype) if ctx.needs_input_grad[1] else None
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -59,13 +59,16 @@ class GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
         groups = x.shape[1]
         blocks, grad = weight.to(x.dtype).view(groups, -1, x.shape[2]), grad.view(x.shape[0], groups, -1)
-        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-        into = dweight.view(groups, -1, x.shape[2])
+        dx = torch.empty_like(x) if wants_x else None
+        dblocks = torch.empty_like(weight).view(groups, -1, x.shape[2]) if wants_weight else None
         for group, block in enumerate(blocks):
-            dx[:, group] = grad[:, group] @ block
-            into[group] = grad[:, group].T @ x[:, group]
-        return dx, dweight
+            if dx is not None:
+                dx[:, group] = grad[:, group] @ block
+            if dblocks is not None:
+                dblocks[group] = grad[:, group].T @ x[:, group]
+        return dx, dblocks.view_as(weight) if dblocks is not None else None
