@@ -23,6 +23,7 @@ SETTINGS = [
     "checkpoint.keep=2",
     "checkpoint.retry_seconds=0",
     "checkpoint.max_failures=2",
+    "export.enabled=false",
 ]
 
 

@@ -21,7 +21,7 @@ NUM_FLIPS = 300
 def damaged(tmp_path: Path, whole: Whole) -> Path:
     """A copy of the finished two-rank run with the newest checkpoint open to damage."""
     folder = tmp_path / "run"
-    shutil.copytree(whole(2), folder, ignore=shutil.ignore_patterns("export", "plots"))
+    shutil.copytree(whole(2), folder, ignore=shutil.ignore_patterns("plots"))
     return folder
 
 

@@ -98,12 +98,15 @@ def test_killed_while_loading(point: str, ranks: int, rank: int, tmp_path: Path,
 @pytest.mark.parametrize(("ranks", "rank"), WHO)
 def test_killed_while_exporting(ranks: int, rank: int, tmp_path: Path, whole: Whole) -> None:
     """The exported folder is whole or absent; resuming the finished run writes it, byte for byte."""
-    folder = tmp_path / "run"
-    ended = train(folder, ranks, f"export rank={rank}")
+    folder, reference = tmp_path / "run", tmp_path / "reference"
+    settings = ("export.enabled=true",)
+    ended = train(folder, ranks, f"export rank={rank}", settings)
     assert killed(ended.statuses, rank), ended.output
     assert resume(folder, ranks).ok
     assert_same_in_the_end(folder, whole(ranks))
-    expected = sorted((whole(ranks) / "export").iterdir())
+    assert train(reference, ranks, settings=settings).ok
+    expected = sorted((reference / "export").iterdir())
+    assert len(expected) > 3
     assert [p.name for p in sorted((folder / "export").iterdir())] == [p.name for p in expected]
     for path in expected:
         assert (folder / "export" / path.name).read_bytes() == path.read_bytes(), path.name

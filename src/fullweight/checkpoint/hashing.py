@@ -141,13 +141,27 @@ class HashingWriter(dcp.FileSystemWriter):
         def write(number: int, items: list[WriteItem]) -> list[WriteResult]:
             prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
             part = replace(plan, items=items, storage_data=prefix)
-            return super(HashingWriter, self).write_data(part, planner).value()
+            try:
+                return super(HashingWriter, self).write_data(part, planner).value()
+            except RuntimeError as error:
+                raise _disk_error(error) or error from None
 
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
             parts = [pool.submit(write, *part) for part in enumerate(_split(plan.items, self._threads))]
         results: Future[list[WriteResult]] = Future()
         results.set_result([result for part in parts for result in part.result()])
         return results
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's error behind another, if there is one.
+
+    torch.save closes its archive after a failed write, which fails too and raises a RuntimeError of its own; sent
+    to another rank, that would lose its context.
+    """
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def _split(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:

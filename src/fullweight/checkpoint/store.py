@@ -222,7 +222,7 @@ def _disk_errors(what: str) -> Iterator[None]:
     """A refusal of the disk becomes one CheckpointError."""
     try:
         yield
-    except (CheckpointException, OSError, RuntimeError) as error:
+    except (CheckpointException, OSError) as error:
         reason = _disk_refusal(error)
         if reason is None:
             raise
@@ -230,20 +230,11 @@ def _disk_errors(what: str) -> Iterator[None]:
 
 
 def _disk_refusal(error: BaseException) -> str | None:
-    """What the disk said, or None when the failure is not the disk's.
-
-    torch.save closes its archive after a failed write and then raises a RuntimeError of its own, whose
-    context is the disk's error; sent between ranks, an exception loses its context.
-    """
+    """What the disk said on the first rank where it did, or None when a failure is not the disk's."""
     if isinstance(error, CheckpointException):
         reasons = [_disk_refusal(cause) for cause, _ in error.failures.values()]
         return None if None in reasons else reasons[0]
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return str(cause)
-        cause = cause.__context__
-    return "the disk refused a write" if "inline_container" in str(error) else None
+    return str(error) if isinstance(error, OSError) else None
 
 
 def _check_tensors(generation: Generation, expected: State, complete: frozenset[str]) -> None:

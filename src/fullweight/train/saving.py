@@ -59,6 +59,7 @@ class Saving:
         """Wait for the last save. Raises TrainingError when checkpoints can no longer be written."""
         while not self._saver.wait(_LOOK_SECONDS):
             self.report()
+        self.run.ranks.barrier()  # a rank that ends now would cut off what others' writers still exchange
         self.report()
         failure = self._saver.gave_up
         if failure is not None:
