@@ -83,13 +83,14 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(
         ended = run_resume(folder, ranks, known)
         assert all(status == 1 for status in ended.statuses), ended.output
         assert "Traceback" not in ended.output
-        if free_kilobytes >= 40:  # below, the ledger cannot be written either
+        if known and free_kilobytes:
             assert "checkpoint failed (attempt 1 of 2)" in ended.output
             assert "2 attempts in a row to save step 6 failed" in ended.output
-            assert "MB are needed" in ended.output or "No space left on device" in ended.output
-            assert known == ("MB are needed" in ended.output)
+            assert "MB are needed" in ended.output
             events = [e["what"] for e in lines(folder, "event")]
             assert events.count("checkpoint_failed") == 2
+        else:  # shards, or the ledger beside them, meet the end of the disk
+            assert "No space left on device" in ended.output
         assert choose(folder / "checkpoints").generation.step == 4
         remount(disk, "size=64m")
         again = resume(folder, ranks)

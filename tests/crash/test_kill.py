@@ -129,6 +129,8 @@ def test_killed_between_manifest_and_name(tmp_path: Path, whole: Whole) -> None:
     folder = tmp_path / "run"
     ended = train(folder, 2, "save.rename rank=0 save=3")
     assert killed(ended.statuses, 0), ended.output
+    assert "the connection to another rank was lost" in ended.output
+    assert "Traceback" not in ended.output
     assert choose(folder / "checkpoints").generation.step == 4
     again = resume(folder, 2)
     assert again.ok, again.output

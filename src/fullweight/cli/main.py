@@ -44,6 +44,7 @@ bench_app.command("checkpoint")(bench_checkpoint_command)
 app.add_typer(bench_app, name="bench")
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Socket unexpectedly closed")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror}{where}; free space or choose another folder")
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST_PEER):
+            raise
+        return _fail("the connection to another rank was lost: it has ended, and its own message says why")
     return 0
 
 
