@@ -47,8 +47,10 @@ SCRIPT = """
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, read)
     if dist.get_rank() == 0:
-        json.dump({"hashes": hashes, "read": counts, "sharded": sharded}, open(out, "w"))
-    dist.destroy_process_group()
+        with open(out, "w") as stream:
+            json.dump({"hashes": hashes, "read": counts, "sharded": sharded}, stream)
+    dist.barrier()
+    os._exit(0)  # a thread of gloo that frees a tensor while the interpreter ends would abort the process
 """
 
 
