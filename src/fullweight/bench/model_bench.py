@@ -15,6 +15,7 @@ from fullweight.methods.sft import Pretrain
 from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import OptimizerConfig, build_optimizers
+from fullweight.parallel.engine import PlainEngine
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard, GuardConfig
 from fullweight.train.step import LossConfig, Phases, training_step
@@ -40,6 +41,7 @@ def measure_fullweight(config: BenchConfig, length: int) -> Measurement:
             Pretrain(),
             optimizers,
             [batch],
+            engine=PlainEngine(model),
             losses=LossConfig(),
             clip_norm=settings.clip_norm,
             guard=guard,

@@ -2,7 +2,12 @@
 
 One object serves a plain process and `torchrun` alike: alone, every agreement is the identity and no process
 group exists, so the same loop runs in both. Reductions are of small host-side vectors (counts, flags); model
-gradients are reduced by FSDP (`fsdp.py`). Left out: every mesh axis but data parallelism.
+gradients are reduced by FSDP (`fsdp.py`).
+
+`Ranks.laid_out` gives the ranks their places (`config.Layout`) and builds the device meshes and process groups
+that sharding needs. Ranks that share a row (context, tensor, pipeline) each report what they alone hold, so that a
+plain sum over all ranks is right for losses and counts of experts; what they all know about the row (tokens,
+normalisers, lengths) is reported by the one rank whose `counts_row` is true.
 """
 
 from __future__ import annotations
@@ -10,8 +15,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -19,19 +24,86 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fullweight.core.errors import ConfigError, TrainingError
+from fullweight.parallel.config import Layout
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 @dataclass(frozen=True)
+class Meshes:
+    """Device meshes of this rank's stage. Those of axes that the layout does not use are None.
+
+    `dense`, `heads` and `experts` are what FSDP cuts parameters over: one axis, or two with the replicas in front.
+    `tensor` and `expert` are the axes that cut a parameter before FSDP does; a mesh of either pair can be joined.
+    """
+
+    dense: DeviceMesh  # shard x context x tensor: parameters that every rank of a stage uses whole
+    tensor: DeviceMesh | None = None
+    heads: DeviceMesh | None = None  # shard x context: parameters cut by tensor
+    expert: DeviceMesh | None = None
+    experts: DeviceMesh | None = None  # the ranks with the same experts
+    slices: DeviceMesh | None = None  # context x tensor: ranks that share a row
+    context: DeviceMesh | None = None
+    pipeline: DeviceMesh | None = None
+
+    @staticmethod
+    def build(layout: Layout, device: str) -> Meshes:
+        """All ranks together, in the same order; creates process groups. Not under fake tensors."""
+        front = {"pipeline": layout.pipeline, "replicate": layout.replicate}
+        sharding = ("replicate", "cut") if layout.replicate > 1 else ("cut",)
+
+        def view(**sizes: int) -> DeviceMesh:
+            names = {**front, **sizes}
+            return init_device_mesh(device, tuple(names.values()), mesh_dim_names=tuple(names))
+
+        whole = view(cut=layout.dense)
+        meshes = Meshes(dense=whole[sharding], pipeline=whole["pipeline"] if layout.pipeline > 1 else None)
+        if layout.tensor > 1:
+            heads = view(cut=layout.shard * layout.context, tensor=layout.tensor)
+            meshes = replace(meshes, tensor=heads["tensor"], heads=heads[sharding])
+        if layout.expert > 1:
+            experts = view(cut=layout.expert_shard, expert=layout.expert)
+            meshes = replace(meshes, expert=experts["expert"], experts=experts[sharding])
+        if layout.num_slices > 1:
+            rows = view(shard=layout.shard, slices=layout.num_slices)
+            meshes = replace(meshes, slices=rows["slices"])
+        if layout.context > 1:
+            cuts = view(shard=layout.shard, context=layout.context, tensor=layout.tensor)
+            meshes = replace(meshes, context=cuts["context"])
+        return meshes
+
+
+@dataclass(frozen=True)
 class Ranks:
-    """This process among its peers; `mesh` is None when it runs alone."""
+    """This process among its peers; `meshes` is None when it runs alone, or before `laid_out`."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None = None
+    layout: Layout = field(default_factory=Layout)
+    meshes: Meshes | None = None
+
+    def laid_out(self, layout: Layout) -> Self:
+        """The same ranks in their places; builds the meshes, all ranks together."""
+        assert layout.world == self.size, f"{layout} on {self.size} ranks"
+        return replace(
+            self, layout=layout, meshes=Meshes.build(layout, self.device.type) if self.size > 1 else None
+        )
+
+    @property
+    def data_rank(self) -> int:
+        """Which rows are this rank's, of `data_size` shares."""
+        return self.layout.data_rank(self.rank)
+
+    @property
+    def data_size(self) -> int:
+        return self.layout.data_size
+
+    @property
+    def counts_row(self) -> bool:
+        """Whether this rank reports what all ranks of its row know; the others report zeros."""
+        return self.layout.counts_row(self.rank)
 
     @property
     def is_main(self) -> bool:
@@ -110,6 +182,6 @@ def joined(device_name: DeviceName = "auto") -> Iterator[Ranks]:
         return
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        yield Ranks(dist.get_rank(), size, device, init_device_mesh(device.type, (size,)))
+        yield Ranks(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()

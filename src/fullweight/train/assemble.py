@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.ops import resolve_operations
 from fullweight.optim.groups import build_optimizers
+from fullweight.parallel.config import Layout
+from fullweight.parallel.engine import Engine, PlainEngine
 from fullweight.parallel.fsdp import shard
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.config import RunConfig, check_vocabulary
@@ -50,6 +53,7 @@ class Run:
     tokenizer: Tokenizer
     architecture: DeepSeekV4Config
     state: TrainState
+    engine: Engine
     guard: Guard
     held_out: list[Batch]
     questions: list[Question]
@@ -67,8 +71,8 @@ class Run:
 
     @property
     def rows_per_rank(self) -> int:
-        """Micro-batches of one step on each rank."""
-        return self.config.train.rows_per_step // self.ranks.size
+        """Micro-batches of one step on each data rank."""
+        return self.config.train.rows_per_step // self.ranks.data_size
 
 
 def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folder: Path | None = None) -> Run:
@@ -76,7 +80,8 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
 
     Raises ConfigError, DataError or CheckpointError on anything wrong; writes nothing.
     """
-    config.check_ranks(ranks.size)
+    layout = config.layout(ranks.size)
+    _check_built(layout)
     check_trackers(config.trackers)
     tokenizer = make_tokenizer(config) if tokenizer_folder is None else load_tokenizer(tokenizer_folder)
     architecture = config.model.architecture()
@@ -87,14 +92,15 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         config.data,
         tokenizer,
         ratios=architecture.ratios,
-        rank=ranks.rank,
-        world_size=ranks.size,
+        rank=layout.data_rank(ranks.rank),
+        world_size=layout.data_size,
         prepared=prepared,
     )
     torch.manual_seed(config.train.seed)
+    ranks = ranks.laid_out(layout)
     model = make_model(config, architecture, ranks.device.type).to(ranks.device)
-    if ranks.mesh is not None:
-        shard(model, sharding_units(model), ranks.mesh)
+    if ranks.meshes is not None:
+        shard(model, sharding_units(model), ranks.meshes.dense)
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
     given = config.train.peak_flops_per_second
     guard = Guard(config.guard)
@@ -105,11 +111,22 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         tokenizer=tokenizer,
         architecture=architecture,
         state=TrainState(model, optimizers, loader, ranks, guard, config.train.seed),
+        engine=PlainEngine(partial(config.method.forward, model)),
         guard=guard,
         held_out=loader.held_out_batches(),
         questions=_questions(config, loader.held_out_samples(), tokenizer),
         peak=Peak(given, "given in the recipe") if given is not None else measure_peak(ranks),
     )
+
+
+_NOT_BUILT = ("pipeline", "context", "tensor", "expert")
+
+
+def _check_built(layout: Layout) -> None:
+    """Raise ConfigError for axes that the layout rules know and training does not, so far."""
+    for axis in _NOT_BUILT:
+        if getattr(layout, axis) > 1:
+            raise ConfigError(f"parallel.{axis} ({getattr(layout, axis)}) is not available in this version; use 1")
 
 
 def make_tokenizer(config: RunConfig) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 Each component's settings live beside the component; this module nests them and holds the rules that cross
 sections, which fail before anything is read or computed. What depends on the number of ranks or on the
-tokenizer is checked by `check_ranks` and `check_vocabulary`, still before the first step.
+tokenizer is checked by `layout` and `check_vocabulary`, still before the first step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import IndexerLoss
 from fullweight.optim.groups import OptimizerConfig
 from fullweight.optim.schedule import ScheduleConfig
+from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.parallel.mesh import DeviceName
 from fullweight.train.evaluate import EvalConfig
 from fullweight.train.guards import GuardConfig
@@ -144,6 +145,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainSection
+    parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -176,15 +178,10 @@ class RunConfig(Config):
             )
         return self
 
-    def check_ranks(self, size: int) -> None:
-        """Raise ConfigError when the rows of a step cannot be dealt evenly to `size` ranks."""
-        rows = self.train.rows_per_step
-        if rows % size:
-            below, above = rows // size * size, (rows // size + 1) * size
-            fix = f"{below} or {above}" if below else f"{above}"
-            raise ConfigError(
-                f"train.rows_per_step ({rows}) is not divisible by the number of ranks ({size}); use {fix}"
-            )
+    def layout(self, size: int) -> Layout:
+        """How the run is laid out on `size` ranks. Raises ConfigError when it cannot be."""
+        architecture = self.model.architecture()
+        return self.parallel.layout(size, architecture, self.data.row_tokens, self.train.rows_per_step)
 
 
 def check_vocabulary(size: int, architecture: DeepSeekV4Config, what: str) -> None:

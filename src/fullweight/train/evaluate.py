@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
 from fullweight.core.config import Config
 from fullweight.core.types import Batch
 from fullweight.methods import Method
+from fullweight.parallel.engine import Engine
 from fullweight.parallel.fsdp import gathered
 from fullweight.parallel.mesh import Ranks
-from fullweight.train.step import LossConfig
+from fullweight.train.step import LossConfig, global_counts, global_means
 
 Checker = Callable[[dict[str, Any], str], bool]
 Generate = Callable[[list[list[int]]], list[list[int]]]
@@ -80,9 +80,8 @@ class Evaluation:
         return {"loss": self.losses, "total_loss": self.total_loss, "score": self.score, "num_scored": scored}
 
 
-@torch.no_grad()
 def held_out_loss(
-    model: nn.Module, method: Method, batches: Sequence[Batch], losses: LossConfig, ranks: Ranks
+    model: nn.Module, method: Method, engine: Engine, batches: Sequence[Batch], losses: LossConfig, ranks: Ranks
 ) -> tuple[dict[str, float], float]:
     """(mean of each loss component, their weighted total), the same on every rank.
 
@@ -90,19 +89,11 @@ def held_out_loss(
     rank has none left: sharded models need all ranks in every pass). None give no
     components and a total of 0.
     """
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    for host_batch in batches:
-        batch = host_batch.to(ranks.device)
-        normalisers = method.loss_counts(model, batch)
-        for name, value in method.forward(model, batch).losses.items():
-            sums[name] = sums.get(name, 0.0) + value.double().item()
-            counts[name] = counts.get(name, 0.0) + normalisers[name]
-    if not sums:
+    if not batches:
         return {}, 0.0
-    names = sorted(sums)
-    reduced = ranks.reduce(torch.tensor([[sums[n], counts[n]] for n in names], dtype=torch.float64)).tolist()
-    means = {n: s / c if c > 0 else 0.0 for n, (s, c) in zip(names, reduced, strict=True)}
+    counts = global_counts(method, model, batches, ranks)
+    shares = engine.evaluate([batch.to(ranks.device) for batch in batches])
+    means = global_means(shares.losses, counts, ranks)
     return means, sum(losses.coefficient(n) * v for n, v in means.items())
 
 

@@ -94,8 +94,8 @@ def load_config(folder: RunFolder) -> RunConfig:
 
 def evaluate(run: Run) -> Evaluation:
     """Held-out loss and scored answers of the model as it is; all ranks together."""
-    settings = run.config.eval
-    losses, total = held_out_loss(run.model, run.config.method, run.held_out, run.config.train.loss, run.ranks)
+    settings, method = run.config.eval, run.config.method
+    losses, total = held_out_loss(run.model, method, run.engine, run.held_out, run.config.train.loss, run.ranks)
     replies = partial(
         generate, run.model, max_new_tokens=settings.max_new_tokens, stop_ids=(run.tokenizer.eos_id,)
     )
@@ -209,6 +209,7 @@ def _one_step(run: Run) -> dict[str, Any]:
         config.method,
         state.optimizers,
         batches,
+        engine=run.engine,
         losses=config.train.loss,
         clip_norm=config.optimizer.clip_norm,
         guard=run.guard,

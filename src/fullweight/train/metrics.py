@@ -107,7 +107,7 @@ def step_record(
     """
     wall = sum(seconds.values())
     parameters = ParameterCount.of(model)
-    own = model_flops(model, result.document_lengths)
+    own = model_flops(model, result.document_lengths) if ranks.counts_row else 0
     flops = float(ranks.reduce(torch.tensor(float(own), dtype=torch.float64)).item())
     rate = flops / wall
     return {

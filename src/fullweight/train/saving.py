@@ -102,13 +102,11 @@ class Saving:
 
 def facts(run: Run, ledger: LedgerHead | None) -> Facts:
     """What the run's state is of."""
-    mesh = run.ranks.mesh
-    axes = {} if mesh is None else dict(zip(mesh.mesh_dim_names or ("data",), mesh.shape, strict=True))
     return Facts(
         step=run.state.step,
         model=run.architecture.to_published(),
         config=run.config.model_dump(mode="json", exclude={"output"}),
-        world={"ranks": run.ranks.size, "axes": axes},
+        world={"ranks": run.ranks.size, "axes": run.ranks.layout.axes()},
         position=run.state.position(),
         ledger=ledger,
         versions={"fullweight": metadata.version("fullweight"), "torch": str(torch.__version__)},

@@ -23,6 +23,7 @@ from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
 from fullweight.methods import Method
 from fullweight.optim.clip import clip_grad_norm, local_norms
+from fullweight.parallel.engine import Engine
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard
 
@@ -86,6 +87,7 @@ def training_step(
     optimizers: Sequence[torch.optim.Optimizer],
     batches: Sequence[Batch],
     *,
+    engine: Engine,
     losses: LossConfig,
     clip_norm: float,
     guard: Guard,
@@ -94,30 +96,17 @@ def training_step(
 ) -> StepResult:
     """Run one step over this rank's micro-batches (on the device) and apply it unless the guard refuses.
 
+    `engine` is how the ranks pass through the model together; ranks that share rows get the same ones.
+
     Raises TrainingError when no token of the step, on any rank, is to be learnt, or no trained parameter reached.
     """
-    counts, tokens = _global_counts(model, method, batches, ranks)
+    counts, tokens = global_counts(method, model, batches, ranks), _global_tokens(batches, ranks)
+    _require_trained(counts[method.main_loss], batches)
     phases.end("data")
-    sums: dict[str, Tensor] = {}
-    expert_counts: Tensor | None = None
-    for batch in batches:
-        output = method.forward(model, batch)
-        total = weighted_total(output.losses, counts, losses)
-        if not total.requires_grad:
-            raise TrainingError(
-                "no loss of this step depends on a parameter that trains; train.trainable and train.frozen must "
-                "leave one that train.indexer_loss, the method or the model's other losses reach"
-            )
-        for name, value in output.losses.items():
-            sums[name] = sums.get(name, 0) + value.detach().double()
-        expert_counts = output.expert_counts if expert_counts is None else expert_counts + output.expert_counts
-        phases.end("forward")
-        total.backward()
-        phases.end("backward")
-    assert expert_counts is not None, "a step needs at least one micro-batch"
+    shares = engine.run(batches, lambda sums: weighted_total(sums, counts, losses), phases.end)
 
-    means = _global_means(sums, counts, ranks)
-    expert_counts = ranks.reduce(expert_counts)
+    means = global_means(shares.losses, counts, ranks)
+    expert_counts = ranks.reduce(shares.expert_counts)
     norms = local_norms(p.grad for p in model.parameters() if p.grad is not None)
     without_gradient = _without_gradient(model, norms, ranks)
     grad_norm = clip_grad_norm(model.parameters(), clip_norm, norms).item()
@@ -156,31 +145,41 @@ def real_lengths(batch: Batch) -> tuple[int, ...]:
     return batch.layout.document_lengths[: batch.layout.num_documents]
 
 
-def _global_counts(
-    model: nn.Module, method: Method, batches: Sequence[Batch], ranks: Ranks
-) -> tuple[dict[str, float], tuple[int, int]]:
-    """(normaliser by component, (real tokens, padding)) over the micro-batches of all ranks."""
+def global_counts(method: Method, model: nn.Module, batches: Sequence[Batch], ranks: Ranks) -> dict[str, float]:
+    """Normaliser of every loss component over the micro-batches of all ranks."""
     local = [method.loss_counts(model, batch) for batch in batches]
     names = sorted(local[0])
-    padding = sum(b.layout.num_padding for b in batches)
-    real = sum(b.num_tokens for b in batches) - padding
-    values = torch.tensor([*(sum(c[n] for c in local) for n in names), real, padding], dtype=torch.float64)
-    reduced = ranks.reduce(values).tolist()
-    counts = dict(zip(names, reduced, strict=False))
-    if counts[method.main_loss] <= 0:
+    values = torch.tensor([sum(counts[n] for counts in local) for n in names], dtype=torch.float64)
+    return dict(zip(names, ranks.reduce(values * ranks.counts_row).tolist(), strict=True))
+
+
+def _require_trained(count: float, batches: Sequence[Batch]) -> None:
+    """Raise TrainingError when nothing is to be learnt."""
+    if count <= 0:
         ids = [i for b in batches for i in b.sample_ids][:3]
         raise TrainingError(
             f"no token of this step is to be learnt (samples {', '.join(ids) or 'without ids'}, ...); "
             "expected at least one with loss: check the roles and per-message opt-outs, or raise "
             "data.row_tokens if answers were truncated away"
         )
-    return counts, (int(reduced[-2]), int(reduced[-1]))
 
 
-def _global_means(sums: dict[str, Tensor], counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    names = sorted(sums)
-    reduced = ranks.reduce(torch.stack([sums[n] for n in names])).tolist()
-    return {n: s / counts[n] if counts[n] > 0 else 0.0 for n, s in zip(names, reduced, strict=True)}
+def _global_tokens(batches: Sequence[Batch], ranks: Ranks) -> tuple[int, int]:
+    """(real tokens, padding) of all ranks."""
+    padding = sum(b.layout.num_padding for b in batches)
+    values = torch.tensor([sum(b.num_tokens for b in batches) - padding, padding], dtype=torch.float64)
+    real, filled = ranks.reduce(values * ranks.counts_row).tolist()
+    return int(real), int(filled)
+
+
+def global_means(sums: dict[str, Tensor], counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """Mean of every component that some rank has a share of; `counts` are global and name all components."""
+    names = sorted(counts)
+    zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    values = [(sums.get(name, zero), torch.full_like(zero, name in sums)) for name in names]
+    reduced = ranks.reduce(torch.stack([torch.stack(pair) for pair in values])).tolist()
+    found = {name: total for name, (total, present) in zip(names, reduced, strict=True) if present}
+    return {name: total / counts[name] if counts[name] > 0 else 0.0 for name, total in found.items()}
 
 
 @torch.no_grad()

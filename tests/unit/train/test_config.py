@@ -67,11 +67,11 @@ def test_indexers_alone_need_their_loss() -> None:
 def test_rows_must_divide_over_ranks() -> None:
     """The message gives the nearest counts that work."""
     config = resolve("train.rows_per_step=8")
-    config.check_ranks(4)
+    assert config.layout(4).data_size == 4
     with pytest.raises(ConfigError, match="use 6 or 9"):
-        config.check_ranks(3)
+        config.layout(3)
     with pytest.raises(ConfigError, match="use 16"):
-        config.check_ranks(16)
+        config.layout(16)
 
 
 def test_required_sections_have_no_default() -> None:

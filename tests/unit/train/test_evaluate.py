@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.methods import SFT
+from fullweight.parallel.engine import PlainEngine
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.evaluate import Question, answer_questions, held_out_loss, score
 from fullweight.train.step import LossConfig
@@ -25,13 +26,19 @@ class Characters:
         return "".join(map(chr, ids))
 
 
+@dataclasses.dataclass
+class Output:
+    losses: dict[str, Tensor]
+    expert_counts: Tensor
+
+
 class SumModel(nn.Module):
     """lm is the sum of the trained targets."""
 
     def forward(self, batch: Batch) -> object:
         targets, weights = batch.targets()
         assert not torch.is_grad_enabled()
-        return dataclasses.make_dataclass("O", [("losses", dict[str, Tensor])])({"lm": (targets * weights).sum()})
+        return Output({"lm": (targets * weights).sum()}, torch.zeros(0, 0, dtype=torch.int64))
 
     def loss_counts(self, batch: Batch) -> dict[str, float]:
         return {"lm": float(batch.targets()[1].sum()), "mtp": 0.0}
@@ -44,14 +51,16 @@ def _row(tokens: list[int], mask: list[float]) -> Batch:
 def test_held_out_loss_is_per_token_over_all_rows() -> None:
     """(4 + 5 + 6 + 8) / 4; a row without loss weights (given where a rank has no row left) counts nothing."""
     rows = [_row([1, 4, 5, 6], [1, 1, 1, 1]), _row([7, 8], [0, 1]), _row([9, 9], [0, 0])]
-    means, total = held_out_loss(SumModel(), SFT(), rows, LossConfig(), ALONE)
+    model = SumModel()
+    means, total = held_out_loss(model, SFT(), PlainEngine(model), rows, LossConfig(), ALONE)
     assert means == {"lm": pytest.approx(23 / 4)}
     assert total == pytest.approx(23 / 4)
 
 
 def test_no_held_out_data_is_no_number() -> None:
     """An absent loss is absent, not 0."""
-    assert held_out_loss(SumModel(), SFT(), [], LossConfig(), ALONE) == ({}, 0.0)
+    model = SumModel()
+    assert held_out_loss(model, SFT(), PlainEngine(model), [], LossConfig(), ALONE) == ({}, 0.0)
 
 
 def _question(name: str, task: bool) -> Question:

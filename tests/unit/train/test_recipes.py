@@ -33,6 +33,7 @@ def first_step(name: str, overrides: list[str]) -> tuple[RunConfig, StepResult]:
         config.method,
         run.state.optimizers,
         [next(run.state.loader) for _ in range(run.rows_per_rank)],
+        engine=run.engine,
         losses=config.train.loss,
         clip_norm=config.optimizer.clip_norm,
         guard=run.guard,

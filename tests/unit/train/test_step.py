@@ -11,6 +11,7 @@ from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.methods import SFT
 from fullweight.ops.reference import ReferenceOperations
+from fullweight.parallel.engine import PlainEngine
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard, GuardConfig
 from fullweight.train.step import LossConfig, Phases, StepResult, training_step, weighted_total
@@ -69,6 +70,7 @@ def run(model: Line, batches: list[Batch], policy: str = "stop", lr: float = 0.1
         SFT(),
         [torch.optim.SGD(model.parameters(), lr=lr)],
         batches,
+        engine=PlainEngine(model),
         losses=LossConfig(balance=0.5),
         clip_norm=1e9,
         guard=Guard(GuardConfig(non_finite=policy)),

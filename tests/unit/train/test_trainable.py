@@ -10,6 +10,7 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import OptimizerConfig, build_optimizers
+from fullweight.parallel.engine import PlainEngine
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard, GuardConfig
 from fullweight.train.step import LossConfig, Phases, StepResult, training_step
@@ -88,6 +89,7 @@ def step(model: DeepSeekV4, optimizers: list[torch.optim.Optimizer]) -> StepResu
         SFT(),
         optimizers,
         [batch],
+        engine=PlainEngine(model),
         losses=LossConfig(),
         clip_norm=1.0,
         guard=Guard(GuardConfig()),
