@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,7 +33,16 @@ UNFINISHED = re.compile(r"\..+\.writing-\d+")
 """Names of folders that an export is still filling, or was when it died."""
 CHUNK_BYTES = 32 * 2**20
 """Decoded bytes handled at a time; reading and writing need a few times this beyond what they fill."""
-_PLAIN = {"BF16", "F16", "F32"}
+
+
+@dataclass(frozen=True)
+class PartRead:
+    """Bytes `start` to `stop` of a stored tensor's data that were read in one go, and their SHA-256."""
+
+    name: str
+    start: int
+    stop: int
+    sha256: str
 
 
 class PublishedFolder:
@@ -40,7 +50,7 @@ class PublishedFolder:
 
     Raises CheckpointError on a damaged file, and on any tensor missing, left over, misshapen or of a wrong dtype.
 
-    With `hashing`, `hashes` holds the SHA-256 of what was read, of tensors read from the first row on in order.
+    With `hashing`, `parts_read` tells what was read of each tensor, and the SHA-256 of that.
     """
 
     def __init__(self, path: str | Path, hashing: bool = False) -> None:
@@ -54,8 +64,8 @@ class PublishedFolder:
         self.files: dict[str, str] = {}  # stored name -> file
         self.hashing = hashing
         self.on_read: Callable[[str, int], None] | None = None  # told each stored tensor and the bytes read
-        self.hashes: dict[str, hashlib._Hash] = {}
-        self._hashed: dict[str, int] = {}  # bytes that went into the hash so far
+        self._hashes: dict[str, hashlib._Hash] = {}
+        self._hashed: dict[str, tuple[int, int]] = {}  # the bytes that went into the hash so far
         try:
             self._open()
             entries = {n: e for reader in self.readers.values() for n, e in reader.entries.items()}
@@ -105,25 +115,38 @@ class PublishedFolder:
         """Rows of a stored tensor in its stored dtype."""
         rows = self.readers[self.files[stored_name]].read(stored_name, start, stop)
         if self.hashing:
-            data = as_bytes(rows)
-            before = start * self.catalogue.entries[stored_name].row_bytes
-            if before == 0:
-                self.hashes[stored_name], self._hashed[stored_name] = hashlib.sha256(), 0
-            if self._hashed.get(stored_name) == before:
-                self.hashes[stored_name].update(data)
-                self._hashed[stored_name] += len(data)
+            self._hash(stored_name, start, as_bytes(rows))
         if self.on_read is not None:
             self.on_read(stored_name, rows.numel() * rows.element_size())
         return rows
 
+    def parts_read(self) -> list[PartRead]:
+        """What was read of each stored tensor: the last stretch of rows, where there was more than one."""
+        return [PartRead(name, *self._hashed[name], found.hexdigest()) for name, found in self._hashes.items()]
+
+    def whole_hash(self, stored_name: str) -> str | None:
+        """SHA-256 of a stored tensor's data if it was read from its first to its last row."""
+        whole = self._hashed.get(stored_name) == (0, self.catalogue.entries[stored_name].num_bytes)
+        return self._hashes[stored_name].hexdigest() if whole else None
+
     def hash_whole(self, stored_name: str) -> str:
         """SHA-256 of a stored tensor's data; read from the file unless it was read whole before."""
         entry, self.hashing = self.catalogue.entries[stored_name], True
-        if self._hashed.get(stored_name) != entry.num_bytes:
+        found = self.whole_hash(stored_name)
+        if found is None:
             rows = entry.shape[0] if entry.shape else 1
             for first, last in row_chunks(entry.shape, 0, rows):
                 self.raw(stored_name, first, last)
-        return self.hashes[stored_name].hexdigest()
+            found = self.whole_hash(stored_name)
+        return found or hashlib.sha256().hexdigest()  # nothing to read
+
+    def _hash(self, stored_name: str, start: int, data: memoryview) -> None:
+        before = start * self.catalogue.entries[stored_name].row_bytes
+        begin, end = self._hashed.get(stored_name, (before, -1))
+        if end != before:  # not the rows after those that went in
+            self._hashes[stored_name], begin = hashlib.sha256(), before
+        self._hashes[stored_name].update(data)
+        self._hashed[stored_name] = begin, before + len(data)
 
     def close(self) -> None:
         for reader in self.readers.values():

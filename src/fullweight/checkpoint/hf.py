@@ -8,19 +8,18 @@ of rows. Export is `export.write_checkpoint`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fullweight.checkpoint.catalogue import few
 from fullweight.checkpoint.export import ModelWeights, Progress, write_checkpoint
-from fullweight.checkpoint.folder import PublishedFolder, shard_paths
+from fullweight.checkpoint.folder import PartRead, PublishedFolder, shard_paths
 from fullweight.checkpoint.plan import ExportFormat, Names
 from fullweight.checkpoint.published import INDEX
+from fullweight.checkpoint.slices import Slice
 from fullweight.checkpoint.source import SourceForm
 from fullweight.core.errors import CheckpointError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
@@ -96,26 +95,6 @@ def export_tensors(
 # ---- import -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The part of one of our tensors that this process holds: `tensor` begins at `offset` of a whole [`shape`]."""
-
-    tensor: Tensor
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @staticmethod
-    def of(target: Tensor) -> Slice:
-        """All of a plain tensor, or what this rank holds of a DTensor."""
-        if not isinstance(target, DTensor):
-            return Slice(target, (0,) * target.dim(), tuple(target.shape))
-        local, shape = target.to_local(), tuple(target.shape)
-        chunks = target.__create_chunk_list__()
-        assert len(chunks) <= 1, "a rank's part is one block"
-        offset = tuple(chunks[0].offsets) if chunks and local.numel() else (0,) * len(shape)
-        return Slice(local, offset, shape)
-
-
 def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, **options: Any) -> DeepSeekV4:
     """Build the model that a checkpoint folder describes and fill it; parameters are fp32.
 
@@ -133,19 +112,23 @@ def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, *
     return model
 
 
-def load_weights(model: DeepSeekV4, folder: str | Path, progress: Progress | None = None) -> None:
-    """Fill a model of the same config from a checkpoint folder; of sharded parameters, this rank's part."""
-    load_slices({name: Slice.of(target) for name, target in model.state_dict().items()}, folder, progress)
+def load_weights(model: DeepSeekV4, folder: str | Path, *, hashing: bool = False) -> list[PartRead]:
+    """Fill a model of the same config from a checkpoint folder; of sharded parameters, this rank's part.
+
+    Returns what was read, for the receipt, with its hashes if `hashing`.
+    """
+    slices = {name: Slice.of(target) for name, target in model.state_dict().items()}
+    return load_slices(slices, folder, hashing=hashing)
 
 
 @torch.no_grad()
-def load_slices(slices: Mapping[str, Slice], folder: str | Path, progress: Progress | None = None) -> None:
+def load_slices(slices: Mapping[str, Slice], folder: str | Path, *, hashing: bool = False) -> list[PartRead]:
     """Fill the given parts of our tensors (by our names) from a checkpoint folder, reading only what they need.
 
-    `progress` is told each published tensor and the bytes filled. Raises CheckpointError as `load_model`;
-    targets may be partly filled then.
+    Returns what was read, with its hashes if `hashing`. Raises CheckpointError as `load_model`; targets may be
+    partly filled then.
     """
-    with PublishedFolder(folder) as opened:
+    with PublishedFolder(folder, hashing=hashing) as opened:
         layout = _layout(opened)
         unknown = sorted(slices.keys() - layout.keys())
         if unknown:
@@ -155,9 +138,10 @@ def load_slices(slices: Mapping[str, Slice], folder: str | Path, progress: Progr
             if target.shape != shape:
                 raise CheckpointError(f"{folder}: {name} has shape {list(shape)}, expected {list(target.shape)}")
             for part in parts:
-                _fill(opened, part, target, progress)
+                _fill(opened, part, target)
             if name.endswith("tid2eid"):
                 _check_table(name, target.tensor, opened)
+        return opened.parts_read()
 
 
 def _layout(opened: PublishedFolder) -> dict[str, tuple[list[Part], tuple[int, ...]]]:
@@ -170,7 +154,7 @@ def _layout(opened: PublishedFolder) -> dict[str, tuple[list[Part], tuple[int, .
     return found
 
 
-def _fill(opened: PublishedFolder, part: Part, target: Slice, progress: Progress | None) -> None:
+def _fill(opened: PublishedFolder, part: Part, target: Slice) -> None:
     """Read the overlap of a published tensor with a slice."""
     local, offset = target.tensor, target.offset
     if local.numel() == 0:
@@ -186,8 +170,6 @@ def _fill(opened: PublishedFolder, part: Part, target: Slice, progress: Progress
         return
     rows = local[first - offset[0] : last - offset[0]]
     opened.read_into(part.name, rows, first - part.row, offset[1] if len(offset) > 1 else 0)
-    if progress is not None:
-        progress(part.name, rows.numel() * rows.element_size())
 
 
 def _check_table(name: str, table: Tensor, opened: PublishedFolder) -> None:

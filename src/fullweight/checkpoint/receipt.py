@@ -102,14 +102,13 @@ def _totals(entries: list[dict[str, Any]]) -> dict[str, int]:
 def described(folder: PublishedFolder, name: str) -> dict[str, Any]:
     """Name, file, dtype, shape, bytes and, once it was read whole, hash of a stored tensor."""
     entry = folder.catalogue.entries[name]
-    digest = folder.hashes.get(name)
     return {
         "name": name,
         "file": folder.files[name],
         "dtype": entry.dtype,
         "shape": list(entry.shape),
         "bytes": entry.num_bytes,
-        "sha256": None if digest is None else digest.hexdigest(),
+        "sha256": folder.whole_hash(name),
     }
 
 

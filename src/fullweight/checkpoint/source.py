@@ -52,7 +52,7 @@ class SourceForm:
         path = Path(path)
         kept = path / SOURCE
         if kept.is_dir():
-            return cls._kept(kept)
+            return cls.kept(kept)
         with PublishedFolder(path) as folder:
             return cls.of_folder(folder)
 
@@ -62,7 +62,8 @@ class SourceForm:
         return cls(folder.path, {file: reader.header for file, reader in folder.readers.items()})
 
     @classmethod
-    def _kept(cls, path: Path) -> SourceForm:
+    def kept(cls, path: Path) -> SourceForm:
+        """The form that `keep` left in the folder `path`. Raises CheckpointError when it is none."""
         headers = {p.name: p.read_bytes() for p in sorted((path / _HEADERS).glob("*.safetensors"))}
         if not headers:
             raise CheckpointError(f"{path} is no kept source: it has no {_HEADERS}/*.safetensors")
@@ -102,7 +103,7 @@ class SourceForm:
     # ---- keeping --------------------------------------------------------------------------------------
 
     def keep(self, into: Path) -> None:
-        """Write the form as the folder `into`, which must not exist: headers, index, config, kept tensors."""
+        """Write the form into the folder `into`, which is new or empty: headers, index, config, kept tensors."""
         (into / _HEADERS).mkdir(parents=True)
         for file, header in self.headers.items():
             (into / _HEADERS / file).write_bytes(header)

@@ -183,5 +183,6 @@ def joined(device_name: DeviceName = "auto") -> Iterator[Ranks]:
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield Ranks(dist.get_rank(), size, device)
+        dist.barrier()  # no rank takes its end of a connection away while another still sends
     finally:
         dist.destroy_process_group()

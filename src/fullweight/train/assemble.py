@@ -1,8 +1,7 @@
 """From a configuration to everything that a run needs, in the order that finds mistakes earliest.
 
 Tokenizer, then data, then the model: a bad data line fails before a model is made, and nothing is written
-until all of it stands. Weights depend on the seed and each tensor's name alone, so all ranks build the same
-model before it is sharded.
+until all of it stands. The model is sharded before it has storage (`weights.py`), so no rank ever holds all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fullweight.checkpoint import hf
+from fullweight.checkpoint.receipt import Receipt
 from fullweight.core.errors import ConfigError, DataError
 from fullweight.core.types import Batch
 from fullweight.data import sources
@@ -25,9 +24,7 @@ from fullweight.data.loader import PackedLoader, prepare
 from fullweight.data.render import EncodingOptions, encode_prompt, render
 from fullweight.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
-from fullweight.ops import resolve_operations
 from fullweight.optim.groups import build_optimizers
 from fullweight.parallel.config import Layout
 from fullweight.parallel.engine import Engine, PlainEngine
@@ -40,7 +37,8 @@ from fullweight.train.metrics import Peak, measure_peak
 from fullweight.train.run_folder import RunFolder
 from fullweight.train.state import TrainState
 from fullweight.train.trackers import check_trackers
-from fullweight.train.trainable import ParameterCount, freeze, sharding_units
+from fullweight.train.trainable import ParameterCount, sharding_units
+from fullweight.train.weights import empty_model, fill
 
 
 @dataclass
@@ -58,6 +56,7 @@ class Run:
     held_out: list[Batch]
     questions: list[Question]
     peak: Peak
+    imported: Receipt | None  # of the recipe's checkpoint; None when resumed or fresh
 
     @property
     def model(self) -> DeepSeekV4:
@@ -78,6 +77,7 @@ class Run:
 def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folder: Path | None = None) -> Run:
     """Build all parts; `tokenizer_folder` is where a run that is resumed kept its tokenizer.
 
+    The weights of a resumed run are left unfilled, for `TrainState.restore` to fill.
     Raises ConfigError, DataError or CheckpointError on anything wrong; writes nothing.
     """
     layout = config.layout(ranks.size)
@@ -98,9 +98,11 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     )
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
-    model = make_model(config, architecture, ranks.device.type).to(ranks.device)
+    model = empty_model(config, architecture, ranks.device.type)
     if ranks.meshes is not None:
         shard(model, sharding_units(model), ranks.meshes.dense)
+    model.to_empty(device=ranks.device)
+    imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
     given = config.train.peak_flops_per_second
     guard = Guard(config.guard)
@@ -116,6 +118,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         held_out=loader.held_out_batches(),
         questions=_questions(config, loader.held_out_samples(), tokenizer),
         peak=Peak(given, "given in the recipe") if given is not None else measure_peak(ranks),
+        imported=imported,
     )
 
 
@@ -136,24 +139,6 @@ def make_tokenizer(config: RunConfig) -> Tokenizer:
     records = islice(_training_records(config), config.tokenizer.num_samples)
     texts = (text for record in records for text in _plain_texts(record, config.data.encoding))
     return train_tokenizer(texts, config.tokenizer.vocab_size, config.data.encoding.name)
-
-
-def make_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) -> DeepSeekV4:
-    """The model on the host with fresh weights, or those of the recipe's checkpoint; operations for `device`.
-
-    What the recipe freezes takes no gradient.
-    """
-    dtype, scope = config.train.compute_dtype, config.train.indexer_loss
-    ops = resolve_operations(config.train.ops, device)
-    if config.model.checkpoint is not None:
-        model = hf.load_model(config.model.checkpoint, dtype, ops=ops, indexer_loss=scope)
-    else:
-        model = initialise(DeepSeekV4(architecture, dtype, ops=ops, indexer_loss=scope), config.train.seed)
-    model.dense_csa = config.train.csa_attention == "visible"
-    chosen = config.train.trained_names(architecture)
-    if chosen is not None:
-        freeze(model, chosen)
-    return model
 
 
 def check_disk(run: Run) -> None:

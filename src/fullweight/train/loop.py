@@ -37,6 +37,7 @@ from fullweight.train.run_folder import RunFolder, environment, free_name, write
 from fullweight.train.saving import Saving, owned
 from fullweight.train.step import Phases, training_step
 from fullweight.train.trackers import open_trackers
+from fullweight.train.weights import keep_origin
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def evaluate(run: Run) -> Evaluation:
 def _write_head(run: Run) -> None:
     run.folder.create()
     run.tokenizer.save(run.folder.tokenizer)
+    keep_origin(run.imported, run.folder)
     write_json(run.folder.model, run.architecture.to_published())
     write_json(run.folder.environment, environment(run.ranks.size, run.ranks.device))
     write_json(run.folder.config, run.config.model_dump(mode="json"))

@@ -5,6 +5,8 @@
     environment.json    versions, commit, machine         samples/       what the model answered, by step
     tokenizer/          the tokenizer in use              plots/         pictures
     export/             final weights, published names    summary.html   one page that shows it all
+    import.json         receipt of the weights it began   source/        how those were published: headers, scales
+                        with, when from a checkpoint
 
 A run starts only in a new or empty folder, so two runs never mix.
 """
@@ -66,6 +68,14 @@ class RunFolder:
     @property
     def export(self) -> Path:
         return self.root / "export"
+
+    @property
+    def imported(self) -> Path:
+        return self.root / "import.json"
+
+    @property
+    def source(self) -> Path:
+        return self.root / "source"
 
     @property
     def summary(self) -> Path:

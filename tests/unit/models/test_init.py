@@ -54,6 +54,27 @@ def test_a_seed_fixes_every_tensor() -> None:
     assert all(torch.equal(one[n], shorter[n]) for n in shorter)
 
 
+@pytest.mark.parametrize("shape", [(7, 5), (3, 5), (40, 33), (129, 16), (5, 12, 10), (4, 3, 7), (2, 1, 1)])
+def test_parts_have_the_bits_of_the_whole(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn a few rows at a time and cut anywhere, a matrix has the numbers of one `normal_` on all of it."""
+    from fullweight.models.deepseek_v4 import init
+
+    monkeypatch.setattr(init, "_DRAWN_BYTES", 256)
+    config, name = DeepSeekV4Config.preset("tiny"), "layers.1.ffn.x"
+    generator = torch.Generator().manual_seed(init._generator(3, name).initial_seed())
+    whole = torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+    for dim in range(len(shape)):
+        for parts in (1, 2, 3):
+            size = -(-shape[dim] // parts)
+            for start in range(0, shape[dim], size):
+                offset = [0] * len(shape)
+                offset[dim] = start
+                expected = whole.narrow(dim, start, min(size, shape[dim] - start))
+                part = torch.full_like(expected, float("nan"))
+                init.fill_part(name, part, tuple(offset), shape, config, 3)
+                assert torch.equal(part, expected), (dim, parts, start)
+
+
 @pytest.mark.parametrize(("vocab", "experts", "k"), [(512, 8, 2), (129, 7, 3), (64, 6, 6), (10, 16, 6)])
 def test_hash_table_is_balanced_and_distinct(vocab: int, experts: int, k: int) -> None:
     """Each token has k distinct experts, loads over the vocabulary differ by at most k, layers differ."""
