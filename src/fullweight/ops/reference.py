@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fullweight.core.types import CompressionTable, PackedLayout
+from fullweight.ops.late import split
+from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
 
 QUERY_CHUNK = 256  # queries whose scores exist at the same time
 TOKEN_CHUNK = 1024  # tokens whose logits exist at the same time
@@ -81,14 +83,19 @@ class ReferenceOperations:
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., in] @ weight [out, in] transposed, in x's dtype (weight is cast, its gradient is not)."""
-        return F.linear(x, weight.to(x.dtype))
+        weight, late = split(x, weight)
+        return F.linear(x, weight.to(x.dtype)) if late is None else CastLinear.apply(x, weight, late)
 
     def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., in] @ weight [out, in] transposed, in weight's dtype (fp32 whatever x is)."""
-        return F.linear(x.to(weight.dtype), weight)
+        weight, late = split(x, weight)
+        return F.linear(x.to(weight.dtype), weight) if late is None else WideLinear.apply(x, weight, late)
 
     def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Block-diagonal projection: x [T, g, in], weight [g * out, in] -> [T, g * out]."""
+        weight, late = split(x, weight)
+        if late is not None:
+            return GroupedLinear.apply(x, weight, late)
         groups = x.shape[1]
         blocks = weight.to(x.dtype).view(groups, -1, x.shape[-1])
         return torch.bmm(x.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1).flatten(1)

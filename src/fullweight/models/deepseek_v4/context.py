@@ -32,6 +32,11 @@ class Auxiliary:
         self.balance: list[Tensor] = []
         self.expert_counts: list[Tensor] = []
 
+    def sums(self, device: torch.device) -> dict[str, Tensor]:
+        """Each loss over the layers so far; zero where no layer has it."""
+        zero = torch.zeros((), device=device)
+        return {"indexer": sum(self.indexer, start=zero), "balance": sum(self.balance, start=zero)}
+
 
 @dataclass(frozen=True)
 class Context:

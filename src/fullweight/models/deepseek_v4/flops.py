@@ -143,6 +143,23 @@ def model_flops_utilisation(flops_per_second: float, peak_flops_per_second: floa
     return flops_per_second / peak_flops_per_second
 
 
+def layer_flops(config: DeepSeekV4Config, document_lengths: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """Forward FLOPs of each main layer, and of all that follows the last one: collapse, head and MTP layer.
+
+    Together they are `forward_flops(...).total`. Raises DataError when there is no document or one is empty.
+    """
+    counts = _count(config, document_lengths)
+    whole = _forward(config, counts, mtp=True, dense_csa=False, run_indexer=True)
+    collapse = _hyper_connection_flops(config)[1] * counts.tokens
+    ratios = config.compress_ratios[: config.num_hidden_layers]
+    cost = {}
+    for ratio in set(ratios):
+        alone = {"num_hidden_layers": 1, "compress_ratios": (ratio,), "num_nextn_predict_layers": 0}
+        one = _forward(config.model_copy(update=alone), counts, mtp=False, dense_csa=False, run_indexer=True)
+        cost[ratio] = one.total - one.head - collapse
+    return tuple(cost[ratio] for ratio in ratios), whole.head + whole.mtp + collapse
+
+
 def parameters_by_component(config: DeepSeekV4Config) -> dict[str, int]:
     """Trainable parameters by component; `mtp` holds the whole MTP layer, the rest the main model.
 

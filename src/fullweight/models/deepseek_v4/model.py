@@ -8,7 +8,7 @@ Source: report section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from fullweight.core.errors import ConfigError, DataError
 from fullweight.core.types import Batch, PackedLayout, ParameterRole
-from fullweight.models.deepseek_v4.block import Block, MtpBlock
+from fullweight.models.deepseek_v4.block import Block, MtpBlock, Sublayers
 from fullweight.models.deepseek_v4.cache import Cache, DecodeContext
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
 from fullweight.models.deepseek_v4.flops import IndexerLoss
 from fullweight.models.deepseek_v4.hyper_connection import hyper_head, register_hyper_head
 from fullweight.models.deepseek_v4.layers import Norm, Projection
-from fullweight.models.deepseek_v4.moe import MoE, update_bias
+from fullweight.models.deepseek_v4.moe import update_bias
+from fullweight.models.deepseek_v4.parts import Part, parts_of
 from fullweight.models.deepseek_v4.roles import parameter_role
 from fullweight.ops import resolve_operations
 from fullweight.ops.reference import ReferenceOperations
@@ -37,11 +38,19 @@ class ModelOutput:
     gradients or on request "mtp", "indexer", "balance"). log_probs [T] fp32: log-probability of each
     position's target, no gradient. expert_counts [MoE layers, experts] int64: tokens routed, padding excluded;
     row i is main layer i, the MTP block's row comes last.
+
+    A part of the model that is not the last gives what the next one is to receive (`payload`), and of the rest its
+    own blocks' share: no loss of the head, no log_probs, the rows of its own layers.
     """
 
     losses: dict[str, Tensor]
     log_probs: Tensor
     expert_counts: Tensor
+    payload: tuple[Tensor, ...] = ()
+
+
+class Absent(nn.Module):
+    """The place of a module that another part of the model holds."""
 
 
 class DeepSeekV4(nn.Module):
@@ -75,24 +84,55 @@ class DeepSeekV4(nn.Module):
         self.head = Projection(self.ops, d, config.vocab_size)
         register_hyper_head(self, config)
         self.mtp = nn.ModuleList(MtpBlock(config, self.ops) for _ in range(config.num_nextn_predict_layers))
+        self.whole = parts_of([config.num_hidden_layers])[0]
+
+    def keep(self, parts: Sequence[Part]) -> None:
+        """Give up the blocks that none of `parts` runs; the others keep their names."""
+        layers = {layer for part in parts for layer in part.layers}
+        for layer in range(len(self.layers)):
+            if layer not in layers:
+                self.layers[layer] = Absent()
+        if not any(part.is_first for part in parts):
+            self.embed = Absent()  # type: ignore[assignment]
+        if not any(part.is_last for part in parts):
+            self.norm, self.head = Absent(), Absent()  # type: ignore[assignment]
+            self.mtp = nn.ModuleList(Absent() for _ in self.mtp)
+            for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
+                delattr(self, name)
 
     # ---- training -----------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, with_losses: bool | None = None) -> ModelOutput:
-        """Losses of one packed row; the auxiliary ones by default only when gradients are on."""
+    def forward(
+        self,
+        batch: Batch,
+        with_losses: bool | None = None,
+        part: Part | None = None,
+        received: tuple[Tensor, ...] = (),
+    ) -> ModelOutput:
+        """Losses of one packed row; the auxiliary ones by default only when gradients are on.
+
+        A `part` runs its blocks only, on the payload that it `received` from the part before it.
+        """
+        part = self.whole if part is None else part
         with_losses = torch.is_grad_enabled() if with_losses is None else with_losses
         context = self._context(batch.tokens, batch.layout, with_losses)
-        embedded = self._embed(context.tokens)
-        streams = self._trunk(embedded, context)
-        lm, log_probs = self._predict(self._collapse(streams), *batch.targets())
-        losses = {"lm": lm}
+        embedded = self._embed(context.tokens) if part.is_first else received[-1]
+        streams = self._spread(embedded) if part.is_first else received[0]
+        streams = self._trunk(streams, context, part.layers)
+        losses, log_probs = {}, streams.new_empty(0, dtype=torch.float32)
+        if part.is_last:
+            losses["lm"], log_probs = self._predict(self._collapse(streams), *batch.targets())
         if with_losses:
-            aux = context.aux
-            if self.mtp:
+            if part.is_last and self.mtp:
                 losses["mtp"] = self._predict_ahead(streams, embedded, batch, context)
-            losses["indexer"] = sum(aux.indexer, start=lm.new_zeros(()))
-            losses["balance"] = sum(aux.balance, start=lm.new_zeros(()))
-        return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts))
+            losses |= context.aux.sums(streams.device)
+        payload = () if part.is_last else (streams, embedded)
+        return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts), payload)
+
+    def payload_shapes(self, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what one part hands to the next for a row of so many tokens, in the compute dtype."""
+        width = self.config.hidden_size
+        return (num_tokens, self.config.hc_mult, width), (num_tokens, width)
 
     def loss_counts(self, batch: Batch) -> dict[str, float]:
         """What each loss sum is divided by, summed over the global batch: known before the forward pass."""
@@ -109,13 +149,9 @@ class DeepSeekV4(nn.Module):
 
         expert_counts are as in ModelOutput, summed over the global batch.
         """
-        for moe, counts in zip(self.moe_layers(), expert_counts, strict=True):
-            if moe.gate.bias_trains:
-                update_bias(moe.gate.get_buffer("bias"), counts, speed)
-
-    def moe_layers(self) -> list[MoE]:
-        """The MoE of every block in the order of `ModelOutput.expert_counts`."""
-        return [module for module in self.modules() if isinstance(module, MoE)]
+        for block, counts in zip([*self.layers, *self.mtp], expert_counts, strict=True):
+            if isinstance(block, Sublayers) and block.ffn.gate.bias_trains:
+                update_bias(block.ffn.gate.get_buffer("bias"), counts, speed)
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """How each parameter is optimised, by name."""
@@ -127,7 +163,9 @@ class DeepSeekV4(nn.Module):
     def logits(self, documents: Sequence[Sequence[int]]) -> list[Tensor]:
         """Next-token logits [length, vocabulary] (fp32) of each document of token ids."""
         tokens, layout = self._pack(documents)
-        hidden = self._collapse(self._trunk(self._embed(tokens), self._context(tokens, layout, with_losses=False)))
+        hidden = self._collapse(
+            self._trunk(self._spread(self._embed(tokens)), self._context(tokens, layout, with_losses=False))
+        )
         lengths = list(layout.document_lengths)
         return [self.head(part).float() for part in hidden.split(lengths)]
 
@@ -138,7 +176,7 @@ class DeepSeekV4(nn.Module):
         like = torch.empty(0, dtype=self.compute_dtype, device=tokens.device)
         cache = Cache(self.config, len(prompts), capacity, like)
         context = self._context(tokens, layout, with_losses=False, cache=cache)
-        hidden = self._collapse(self._trunk(self._embed(tokens), context))
+        hidden = self._collapse(self._trunk(self._spread(self._embed(tokens)), context))
         cache.lengths = torch.tensor(layout.document_lengths, device=tokens.device)
         last = torch.cumsum(cache.lengths, 0) - 1
         return self.head(hidden[last]).float(), cache
@@ -147,7 +185,7 @@ class DeepSeekV4(nn.Module):
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits [B, vocabulary] after one more token [B] for each sequence of the cache."""
         context = cache.step(tokens)
-        return self.head(self._collapse(self._trunk(self._embed(tokens), context))).float()
+        return self.head(self._collapse(self._trunk(self._spread(self._embed(tokens)), context))).float()
 
     # ---- parts --------------------------------------------------------------------------------------
 
@@ -174,11 +212,16 @@ class DeepSeekV4(nn.Module):
     def _embed(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)
 
-    def _trunk(self, embedded: Tensor, context: Context | DecodeContext) -> Tensor:
-        """Embedded tokens [T, d] through all blocks to streams [T, n, d]."""
-        streams = embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        for layer in self.layers:
-            streams = layer(streams, context)
+    def _spread(self, embedded: Tensor) -> Tensor:
+        """Embedded tokens [T, d] to streams [T, n, d]."""
+        return embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _trunk(
+        self, streams: Tensor, context: Context | DecodeContext, layers: Iterable[int] | None = None
+    ) -> Tensor:
+        """Streams [T, n, d] through all blocks, or those of the numbers `layers`."""
+        for layer in self.whole.layers if layers is None else layers:
+            streams = self.layers[layer](streams, context)
         return streams
 
     def _collapse(self, streams: Tensor) -> Tensor:

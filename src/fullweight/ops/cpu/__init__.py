@@ -20,11 +20,12 @@ from fullweight.ops.cpu.compressor import Compress
 from fullweight.ops.cpu.experts import ExpertMixture
 from fullweight.ops.cpu.hyper import COMPILED_STREAMS, HyperHead, HyperPost, HyperPre, mix_streams
 from fullweight.ops.cpu.indexer import IndexLoss, select_entries
-from fullweight.ops.cpu.linear import CastLinear, GroupedLinear, WideLinear
 from fullweight.ops.cpu.loss import CrossEntropy
 from fullweight.ops.cpu.memory import prepare_memory
 from fullweight.ops.cpu.norm import MOST_PAIRS, NormRotary
 from fullweight.ops.cpu.swiglu import SwiGlu
+from fullweight.ops.late import split
+from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
 from fullweight.ops.native import kernels
 from fullweight.ops.reference import AttentionOutput, Compressed, HyperOutput, ReferenceOperations
 
@@ -69,13 +70,13 @@ class CpuOperations(ReferenceOperations):
         prepare_memory()
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return CastLinear.apply(x, weight)
+        return CastLinear.apply(x, *split(x, weight))
 
     def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return WideLinear.apply(x, weight)
+        return WideLinear.apply(x, *split(x, weight))
 
     def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return GroupedLinear.apply(x, weight)
+        return GroupedLinear.apply(x, *split(x, weight))
 
     @compiled_for(_compiled)
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -161,7 +162,8 @@ class CpuOperations(ReferenceOperations):
     def experts(
         self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
     ) -> Tensor:
-        return ExpertMixture.apply(x, chosen, weights, gate_up, down, limit)
+        (gate_up, late_gate_up), (down, late_down) = split(x, gate_up), split(x, down)
+        return ExpertMixture.apply(x, chosen, weights, gate_up, down, limit, late_gate_up, late_down)
 
     @compiled_for(_compiled)
     def cross_entropy(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fullweight.ops.cpu.rows import combine, gather_rows
 from fullweight.ops.cpu.swiglu import swiglu_rows
+from fullweight.ops.late import Late
 from fullweight.ops.native import call
 
 TILE = 512  # rows of an expert that share one product
@@ -22,7 +23,15 @@ class ExpertMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
+        ctx: Any,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        limit: float,
+        late_gate_up: Late | None,
+        late_down: Late | None,
     ) -> Tensor:
         tokens, top_k = chosen.shape
         plan = DispatchPlan.of(chosen, gate_up.shape[0])
@@ -35,6 +44,7 @@ class ExpertMixture(torch.autograd.Function):
             mm_tiles(swiglu_rows(hidden[rows], scale[rows], limit), down_weight.T, out_rows[rows])
         ctx.save_for_backward(x, hidden, scale, gate_up, down)
         ctx.plan, ctx.limit, ctx.top_k, ctx.weights_dtype = plan, limit, top_k, weights.dtype
+        ctx.late = late_gate_up, late_down
         return combine(out_rows, plan.place, tokens, top_k)
 
     @staticmethod
@@ -51,6 +61,7 @@ class ExpertMixture(torch.autograd.Function):
                 gradient[plan.idle()] = 0
         dscale, dx_rows = torch.empty_like(scale), x.new_empty(plan.num_rows, x.shape[1])
         f = down.shape[2]
+        kept: list[tuple[int, slice, Tensor, Tensor]] = []
         for expert, rows in plan.experts():
             grad_rows = gather_rows(grad, plan.token[rows])
             count = len(grad_rows)
@@ -64,9 +75,29 @@ class ExpertMixture(torch.autograd.Function):
             if dgate_up is not None:
                 dgate_up[expert] = dhidden.T @ gather_rows(x, plan.token[rows])
             mm_tiles(dhidden, cast(gate_up[expert], x.dtype), dx_rows[rows])
+            if any(ctx.late):
+                kept.append((expert, rows, dhidden, activation))
+        late_gate_up, late_down = ctx.late
+        if late_gate_up is not None:
+            late_gate_up.put(
+                lambda: _stacked(gate_up, plan, ((e, h, gather_rows(x, plan.token[r])) for e, r, h, _ in kept))
+            )
+        if late_down is not None:
+            late_down.put(
+                lambda: _stacked(down, plan, ((e, gather_rows(grad, plan.token[r]), a) for e, r, _, a in kept))
+            )
         dx = combine(dx_rows, plan.place, x.shape[0], ctx.top_k)
         dweights = dscale[plan.place].view(-1, ctx.top_k).to(ctx.weights_dtype)
-        return dx, None, dweights, dgate_up, ddown, None
+        return dx, None, dweights, dgate_up, ddown, None, None, None
+
+
+def _stacked(like: Tensor, plan: DispatchPlan, pairs: Iterable[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """The experts' weight gradients, left^T @ right for each (expert, left, right)."""
+    gradient = torch.empty_like(like)
+    gradient[plan.idle()] = 0
+    for expert, left, right in pairs:
+        gradient[expert] = left.T @ right
+    return gradient
 
 
 @dataclass(frozen=True)
