@@ -1,8 +1,9 @@
 """Operations for CPUs: matrix products by torch (oneDNN), everything around them in fused kernels.
 
 Each keeps the least that backward needs and casts fp32 master weights where they are used, so that no copy of
-them outlives its product. What the kernels are not compiled for - float64, rotations of more than 512 pairs,
-numbers of hyper-connection streams other than 1, 2 and 4 - runs the reference operation of the same name.
+them outlives its product. What the kernels are not compiled for - float64, numbers of
+hyper-connection streams other than 1, 2 and 4, streams whose width is no multiple of 16 - runs the reference
+operation of the same name.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from fullweight.core.types import CompressionTable, PackedLayout
 from fullweight.ops.cpu.attention import Attend
 from fullweight.ops.cpu.compressor import Compress
 from fullweight.ops.cpu.experts import ExpertMixture
-from fullweight.ops.cpu.hyper import COMPILED_STREAMS, HyperHead, HyperPost, HyperPre, mix_streams
+from fullweight.ops.cpu.hyper import COMPILED_STREAMS, LANES, HyperHead, HyperPost, HyperPre, mix_streams
 from fullweight.ops.cpu.indexer import IndexLoss, select_entries
 from fullweight.ops.cpu.loss import CrossEntropy
 from fullweight.ops.cpu.memory import prepare_memory
-from fullweight.ops.cpu.norm import MOST_PAIRS, NormRotary
+from fullweight.ops.cpu.norm import NormRotary
 from fullweight.ops.cpu.swiglu import SwiGlu
 from fullweight.ops.late import split
 from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
@@ -51,13 +52,14 @@ def _compiled(x: Tensor, *_: Any) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16)
 
 
-def _narrow(x: Tensor, *others: Any) -> bool:
+def _rotated(x: Tensor, *others: Any) -> bool:
     cos = others[-2]
-    return _compiled(x) and cos.dtype == torch.float32 and cos.shape[-1] <= MOST_PAIRS
+    return _compiled(x) and cos.dtype == torch.float32
 
 
 def _streams(streams: Tensor, weight: Tensor, *_: Any) -> bool:
-    return streams.shape[1] in COMPILED_STREAMS and _compiled(streams) and _compiled(weight)
+    fits = streams.shape[1] in COMPILED_STREAMS and streams.shape[2] % LANES == 0
+    return fits and _compiled(streams) and _compiled(weight)
 
 
 class CpuOperations(ReferenceOperations):
@@ -82,11 +84,11 @@ class CpuOperations(ReferenceOperations):
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return NormRotary.apply(x, weight, eps, None, None)
 
-    @compiled_for(_narrow)
+    @compiled_for(_rotated)
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return NormRotary.apply(x, None, None, cos, sin)
 
-    @compiled_for(_narrow)
+    @compiled_for(_rotated)
     def norm_rotary(self, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
         return NormRotary.apply(x, weight, eps, cos, sin)
 

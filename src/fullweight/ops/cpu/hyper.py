@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fullweight.ops.native import call
 
 COMPILED_STREAMS = (1, 2, 4)
+LANES = 16  # widths of streams are multiples of it
 
 
 class HyperPre(torch.autograd.Function):

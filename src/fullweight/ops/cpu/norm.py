@@ -10,8 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from fullweight.ops.native import call
 
-MOST_PAIRS = 512  # rotary pairs that the kernel's buffer holds
-
 
 class NormRotary(torch.autograd.Function):
     """RMSNorm (eps not None), then rotation (cos not None), over rows of the last dim."""

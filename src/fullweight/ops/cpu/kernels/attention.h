@@ -21,38 +21,30 @@ void softmax_forward(T* window, int64_t window_width, const int32_t* window_low,
       const int64_t row = q * heads + h;
       T* data[2] = {window + row * window_width, entries ? entries + row * entries_width : nullptr};
       const int64_t width[2] = {window_width, entries ? entries_width : 0};
-      const int32_t low[2] = {window_low[q], entries ? entries_low[q] : 0};
-      const int32_t high[2] = {window_high[q], entries ? entries_high[q] : 0};
-      float top = sink[h];
+      const int64_t low[2] = {window_low[q], entries ? entries_low[q] : 0};
+      const int64_t high[2] = {window_high[q], entries ? entries_high[q] : 0};
+      vf most = broadcast(-INFINITY), total = {};
       for (int s = 0; s < 2; s++) {
-        vf most = broadcast(-INFINITY);
-        for (int64_t i = low[s]; i < high[s]; i += L) {
-          vf v = get(data[s], i, high[s]) * scale;
-          v = lane() < (int32_t)(high[s] - i) ? v : broadcast(-INFINITY);
-          most = larger(v, most);
-        }
-        top = std::max(top, largest(most));
+        const T* p = data[s] + low[s];
+        each(high[s] - low[s], [&](auto at) { most = larger(at.only(at.get(p) * scale, -INFINITY), most); });
       }
-      vf total = {};
-      for (int s = 0; s < 2; s++)
-        for (int64_t i = low[s]; i < high[s]; i += L) {
-          vf v = exponential(get(data[s], i, high[s]) * scale - top);
-          total += lane() < (int32_t)(high[s] - i) ? v : vf{};
-        }
+      const float top = std::max(sink[h], largest(most));
+      for (int s = 0; s < 2; s++) {
+        const T* p = data[s] + low[s];
+        each(high[s] - low[s], [&](auto at) { total += at.only(exponential(at.get(p) * scale - top), 0.0f); });
+      }
       const float log_total = top + std::log(sum(total) + std::exp(sink[h] - top));
       lse[row] = log_total;
       for (int s = 0; s < 2; s++) {
-        T* p = data[s];
-        for (int64_t i = 0; i < low[s]; i += L) put(p, i, low[s], vf{});
-        for (int64_t i = low[s]; i < high[s]; i += L) {
-          vf v = exponential(get(p, i, high[s]) * scale - log_total);
-          put(p, i, high[s], v);
-          if (s && mass) {
-            float* m = mass + q * entries_width;
-            put(m, i, high[s], get(m, i, high[s]) + v);
-          }
-        }
-        for (int64_t i = high[s]; i < width[s]; i += L) put(p, i, width[s], vf{});
+        T* p = data[s] + low[s];
+        float* m = s && mass ? mass + q * entries_width + low[s] : nullptr;
+        clear(data[s], low[s]);
+        each(high[s] - low[s], [&](auto at) {
+          vf v = exponential(at.get(p) * scale - log_total);
+          at.put(p, v);
+          if (m) at.put(m, at.get(m) + v);
+        });
+        clear(data[s] + high[s], width[s] - high[s]);
       }
     }
   }
@@ -65,15 +57,17 @@ void softmax_backward(T* scores, T* grads, int64_t width, const int32_t* low, co
                       int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < queries * heads; row++) {
-    const int64_t q = row / heads;
+    const int64_t from = low[row / heads], to = high[row / heads];
     T *s = scores + row * width, *g = grads + row * width;
-    for (int64_t i = 0; i < low[q]; i += L) { put(s, i, low[q], vf{}); put(g, i, low[q], vf{}); }
-    for (int64_t i = low[q]; i < high[q]; i += L) {
-      vf p = exponential(get(s, i, high[q]) * scale - lse[row]);
-      put(g, i, high[q], p * (get(g, i, high[q]) - delta[row]) * scale);
-      put(s, i, high[q], p);
-    }
-    for (int64_t i = high[q]; i < width; i += L) { put(s, i, width, vf{}); put(g, i, width, vf{}); }
+    clear(s, from);
+    clear(g, from);
+    each(to - from, [&](auto at) {
+      vf p = exponential(at.get(s + from) * scale - lse[row]);
+      at.put(g + from, p * (at.get(g + from) - delta[row]) * scale);
+      at.put(s + from, p);
+    });
+    clear(s + to, width - to);
+    clear(g + to, width - to);
   }
 }
 
@@ -83,7 +77,7 @@ void row_dot(const T* a, const T* b, float* out, int64_t rows, int64_t dim, int 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     vf dot = {};
-    for (int64_t i = 0; i < dim; i += L) dot += get(a + r * dim, i, dim) * get(b + r * dim, i, dim);
+    each(dim, [&](auto at) { dot += at.get(a + r * dim) * at.get(b + r * dim); });
     out[r] = sum(dot);
   }
 }

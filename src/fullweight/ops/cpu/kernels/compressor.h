@@ -32,16 +32,16 @@ void compress_forward(const float* values, const float* gates, const float* ape,
   for (int64_t e = 0; e < entries; e++) {
     Slot slots[256];
     const int count = slots_of(values, gates, ape, first[e], width > c && position[e] > 0, ratio, width, c, slots);
-    for (int64_t i = 0; i < c; i += L) {
+    each(c, [&](auto at) {
       vf top = broadcast(-INFINITY), total = {}, mixed = {};
-      for (int s = 0; s < count; s++) top = larger(get(slots[s].gate, i, c) + get(slots[s].ape, i, c), top);
+      for (int s = 0; s < count; s++) top = larger(at.get(slots[s].gate) + at.get(slots[s].ape), top);
       for (int s = 0; s < count; s++) {
-        vf p = exponential(get(slots[s].gate, i, c) + get(slots[s].ape, i, c) - top);
+        vf p = exponential(at.get(slots[s].gate) + at.get(slots[s].ape) - top);
         total += p;
-        mixed += p * get(slots[s].value, i, c);
+        mixed += p * at.get(slots[s].value);
       }
-      put(out + e * c, i, c, mixed / total);
-    }
+      at.put(out + e * c, mixed / total);
+    });
   }
 }
 
@@ -60,25 +60,25 @@ void compress_backward(const float* dout, const float* values, const float* gate
       if (!any) continue;
       Slot slots[256];
       const int count = slots_of(values, gates, ape, first[e], width > c && position[e] > 0, ratio, width, c, slots);
-      for (int64_t i = 0; i < c; i += L) {
+      each(c, [&](auto at) {
         vf top = broadcast(-INFINITY), total = {}, mixed = {}, p[256];
-        for (int s = 0; s < count; s++) top = larger(get(slots[s].gate, i, c) + get(slots[s].ape, i, c), top);
+        for (int s = 0; s < count; s++) top = larger(at.get(slots[s].gate) + at.get(slots[s].ape), top);
         for (int s = 0; s < count; s++) {
-          p[s] = exponential(get(slots[s].gate, i, c) + get(slots[s].ape, i, c) - top);
+          p[s] = exponential(at.get(slots[s].gate) + at.get(slots[s].ape) - top);
           total += p[s];
-          mixed += p[s] * get(slots[s].value, i, c);
+          mixed += p[s] * at.get(slots[s].value);
         }
         mixed /= total;
-        vf grad = get(dout + e * c, i, c);
+        vf grad = at.get(dout + e * c);
         for (int s = 0; s < count; s++) {
           vf share = p[s] / total * grad;
-          vf dgate = share * (get(slots[s].value, i, c) - mixed);
-          put(dvalues + slots[s].at, i, c, share);
-          put(dgates + slots[s].at, i, c, dgate);
+          vf dgate = share * (at.get(slots[s].value) - mixed);
+          at.put(dvalues + slots[s].at, share);
+          at.put(dgates + slots[s].at, dgate);
           float* a = mine + (slots[s].ape - ape);
-          put(a, i, c, get(a, i, c) + dgate);
+          at.put(a, at.get(a) + dgate);
         }
-      }
+      });
     }
   }
 }

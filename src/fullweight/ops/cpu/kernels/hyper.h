@@ -5,35 +5,45 @@
 
 namespace {
 
-// logits[t][o] = rstd[t] * <u[t], fn[o]> for `count` tokens, four tokens and four outputs at a time: fn does not
-// fit the first-level cache. u [count, width], fn [M, width], logits [count, M].
+// Rows are whole numbers of vectors here (d % L == 0); cpu/__init__.py sends other widths to the reference.
+//
+// Rows of fn and of the streams lie a power of two apart, so that a tall block of them falls into few sets of the
+// first-level cache: blocks that are read more than once are copied side by side first.
+
+// logits[t][o] = rstd[t] * <u[t], fn[o]> for `count` <= L tokens. u [count, width], fn [M, width], logits [count, M].
 template <int M, class T>
 void hyper_logits(const T* u, const float* fn, int64_t width, int64_t count, float eps, float* logits, float* rstd) {
+  constexpr int V = 16, G = M % 6 == 0 ? 6 : M % 4 == 0 ? 4 : 1;  // vectors to a block, outputs to a tile
   for (int64_t t = 0; t < count; t++) {
     vf squares = {};
-    for (int64_t k = 0; k < width; k += L) { vf v = get(u + t * width, k, width); squares += v * v; }
+    for (int64_t k = 0; k < width; k += L) { vf v = load(u + t * width + k); squares += v * v; }
     rstd[t] = 1.0f / std::sqrt(sum(squares) / width + eps);
   }
-  for (int64_t first = 0; first < count; first += 4) {
-    const T* row[4];
-    for (int t = 0; t < 4; t++) row[t] = u + std::min(first + t, count - 1) * width;
-    for (int out = 0; out < M; out += 4) {
-      const float* weight[4];
-      for (int o = 0; o < 4; o++) weight[o] = fn + std::min(out + o, M - 1) * width;
-      vf dot[4][4] = {};
-      for (int64_t k = 0; k < width; k += L) {
-        vf v[4];
-        for (int t = 0; t < 4; t++) v[t] = get(row[t], k, width);
-        for (int o = 0; o < 4; o++) {
-          vf w = get(weight[o], k, width);
-          for (int t = 0; t < 4; t++) dot[t][o] += v[t] * w;
+  vf dot[L][M] = {}, block[M][V];
+  for (int64_t k = 0; k < width; k += V * L) {
+    const int vectors = std::min<int64_t>(V, (width - k) / L);
+    for (int o = 0; o < M; o++)
+      for (int v = 0; v < vectors; v++) block[o][v] = load(fn + o * width + k + v * L);
+    for (int64_t first = 0; first < count; first += 4) {
+      const T* row[4];
+      for (int t = 0; t < 4; t++) row[t] = u + std::min(first + t, count - 1) * width + k;
+      for (int out = 0; out < M; out += G) {
+        vf s[4][G];
+        UNROLL for (int t = 0; t < 4; t++)
+          UNROLL for (int o = 0; o < G; o++) s[t][o] = dot[first + t][out + o];
+        for (int v = 0; v < vectors; v++) {
+          vf x[4];
+          UNROLL for (int t = 0; t < 4; t++) x[t] = load(row[t] + v * L);
+          UNROLL for (int o = 0; o < G; o++)
+            UNROLL for (int t = 0; t < 4; t++) s[t][o] += x[t] * block[out + o][v];
         }
+        UNROLL for (int t = 0; t < 4; t++)
+          UNROLL for (int o = 0; o < G; o++) dot[first + t][out + o] = s[t][o];
       }
-      for (int t = 0; t < 4 && first + t < count; t++)
-        for (int o = 0; o < 4 && out + o < M; o++)
-          logits[(first + t) * M + out + o] = sum(dot[t][o]) * rstd[first + t];
     }
   }
+  for (int64_t t = 0; t < count; t++)
+    for (int o = 0; o < M; o++) logits[t * M + o] = sum(dot[t][o]) * rstd[t];
 }
 
 // Sixteen tokens' Sinkhorn at once: m[j * N + k] holds entry (j, k) of each. `trace`, when given, gets every
@@ -79,8 +89,8 @@ template <class T, int N>
 inline void mix_streams(const T* streams, const float* pre, T* x, int64_t d) {
   for (int64_t k = 0; k < d; k += L) {
     vf s = {};
-    for (int i = 0; i < N; i++) s += pre[i] * get(streams + i * d, k, d);
-    put(x, k, d, s);
+    for (int i = 0; i < N; i++) s += pre[i] * load(streams + i * d + k);
+    store(x + k, s);
   }
 }
 
@@ -149,6 +159,49 @@ void sinkhorn_backward(vf* m, vf* g, int64_t iters, float eps, vf* trace, vf* dz
   }
 }
 
+// The gradients of up to sixteen tokens' streams through logits, norm and mixture, and what they add to fn's, for V
+// vectors of stream i from channel k on. weights [M, L] and norm [L] are zero for the tokens that are missing.
+template <class T, int N, int M>
+struct Gradients {
+  const T *streams, *dx;
+  const float *fn, *pre;
+  T* dstreams;
+  float* dfn;
+  const float *weights, *norm;
+  int64_t count, d;
+
+  template <int V> void at(int i, int64_t k) const {
+    constexpr int G = M % 4 == 0 ? 4 : 1;
+    const int64_t width = N * d, from = i * d + k;
+    vf u[L][V] = {}, block[M][V];
+    for (int64_t t = 0; t < count; t++)
+      for (int v = 0; v < V; v++) u[t][v] = load(streams + t * width + from + v * L);
+    for (int o = 0; o < M; o++)
+      for (int v = 0; v < V; v++) block[o][v] = load(fn + o * width + from + v * L);
+    for (int64_t first = 0; first < count; first += 4) {
+      vf s[4][V] = {};
+      for (int o = 0; o < M; o++)
+        UNROLL for (int t = 0; t < 4; t++)
+          UNROLL for (int v = 0; v < V; v++) s[t][v] += weights[o * L + first + t] * block[o][v];
+      for (int64_t t = first; t < std::min(first + 4, count); t++)
+        UNROLL for (int v = 0; v < V; v++) {
+          vf through = pre[t * N + i] * load(dx + t * d + k + v * L);
+          store(dstreams + t * width + from + v * L, s[t - first][v] + through - norm[t] * u[t][v]);
+        }
+    }
+    for (int out = 0; out < M; out += G) {
+      vf s[G][V];
+      UNROLL for (int o = 0; o < G; o++)
+        UNROLL for (int v = 0; v < V; v++) s[o][v] = load(dfn + (out + o) * width + from + v * L);
+      for (int t = 0; t < L; t++)
+        UNROLL for (int o = 0; o < G; o++)
+          UNROLL for (int v = 0; v < V; v++) s[o][v] += weights[(out + o) * L + t] * u[t][v];
+      UNROLL for (int o = 0; o < G; o++)
+        UNROLL for (int v = 0; v < V; v++) store(dfn + (out + o) * width + from + v * L, s[o][v]);
+    }
+  }
+};
+
 // dstreams [T, N, d]; dfn [threads, M, N*d], dbase [threads, M], dscale [threads, 3 or 1] zeroed by the caller.
 template <class T, int N, bool HEAD>
 void hyper_pre_backward(const T* streams, const float* fn, const float* base, const float* scale,
@@ -173,7 +226,7 @@ void hyper_pre_backward(const T* streams, const float* fn, const float* base, co
         for (int64_t t = 0; t < count; t++) {
           vf dot = {};
           for (int64_t k = 0; k < d; k += L)
-            dot += get(dx + (t0 + t) * d, k, d) * get(streams + ((t0 + t) * N + i) * d, k, d);
+            dot += load(dx + (t0 + t) * d + k) * load(streams + ((t0 + t) * N + i) * d + k);
           da[t] = sum(dot);
         }
         dz[i] = da * a * (1.0f - a);
@@ -205,30 +258,12 @@ void hyper_pre_backward(const T* streams, const float* fn, const float* base, co
         for (int o = 0; o < M; o++) { weights[o][t] = dz[o][t] * r; norm[t] += dz[o][t] * z[o][t]; }
         norm[t] *= r * r / width;
       }
-      for (int64_t first = 0; first < count; first += 4)
-        for (int i = 0; i < N; i++)
-          for (int64_t k = 0; k < d; k += L) {
-            const int64_t at = i * d + k, end = (i + 1) * d;
-            vf s[4] = {};
-            for (int o = 0; o < M; o++) {
-              vf w = get(fn + o * width, at, end);
-              for (int t = 0; t < 4; t++) s[t] += weights[o][first + t] * w;
-            }
-            for (int64_t t = first; t < std::min(first + 4, count); t++) {
-              vf through = pre[(t0 + t) * N + i] * get(dx + (t0 + t) * d, k, d);
-              vf back = norm[t] * get(streams + (t0 + t) * width, at, end);
-              put(dstreams + (t0 + t) * width, at, end, s[t - first] + through - back);
-            }
-          }
-      // dfn: sixteen tokens share one pass over the thread's buffer
-      for (int64_t k = 0; k < width; k += L) {
-        vf u[L];
-        for (int64_t t = 0; t < count; t++) u[t] = get(streams + (t0 + t) * width, k, width);
-        for (int o = 0; o < M; o++) {
-          vf s = get(my_fn + o * width, k, width);
-          for (int64_t t = 0; t < count; t++) s += weights[o][t] * u[t];
-          put(my_fn + o * width, k, width, s);
-        }
+      const Gradients<T, N, M> rows{streams + t0 * width, dx + t0 * d, fn, pre + t0 * N, dstreams + t0 * width,
+                                    my_fn, &weights[0][0], norm, count, d};
+      for (int i = 0; i < N; i++) {
+        int64_t k = 0;
+        for (; k + 4 * L <= d; k += 4 * L) rows.template at<4>(i, k);
+        for (; k < d; k += L) rows.template at<1>(i, k);
       }
     }
   }
@@ -241,12 +276,12 @@ void hyper_post_forward(const T* streams, const T* y, const float* post, const f
   for (int64_t t = 0; t < tokens; t++) {
     const float *p = post + t * N, *c = comb + t * N * N;
     for (int64_t i = 0; i < d; i += L) {
-      vf v = get(y + t * d, i, d), s[N];
-      for (int j = 0; j < N; j++) s[j] = get(streams + (t * N + j) * d, i, d);
+      vf v = load(y + t * d + i), s[N];
+      for (int j = 0; j < N; j++) s[j] = load(streams + (t * N + j) * d + i);
       for (int k = 0; k < N; k++) {
         vf r = p[k] * v;
         for (int j = 0; j < N; j++) r += c[j * N + k] * s[j];
-        put(out + (t * N + k) * d, i, d, r);
+        store(out + (t * N + k) * d + i, r);
       }
     }
   }
@@ -261,17 +296,17 @@ void hyper_post_backward(const T* dout, const T* streams, const T* y, const floa
     const float *p = post + t * N, *c = comb + t * N * N;
     vf dp[N] = {}, dc[N * N] = {};
     for (int64_t i = 0; i < d; i += L) {
-      vf g[N], v = get(y + t * d, i, d), grad_y = {};
+      vf g[N], v = load(y + t * d + i), grad_y = {};
       for (int k = 0; k < N; k++) {
-        g[k] = get(dout + (t * N + k) * d, i, d);
+        g[k] = load(dout + (t * N + k) * d + i);
         grad_y += p[k] * g[k];
         dp[k] += g[k] * v;
       }
-      put(dy + t * d, i, d, grad_y);
+      store(dy + t * d + i, grad_y);
       for (int j = 0; j < N; j++) {
-        vf s = get(streams + (t * N + j) * d, i, d), r = {};
+        vf s = load(streams + (t * N + j) * d + i), r = {};
         for (int k = 0; k < N; k++) { r += c[j * N + k] * g[k]; dc[j * N + k] += s * g[k]; }
-        put(dstreams + (t * N + j) * d, i, d, r);
+        store(dstreams + (t * N + j) * d + i, r);
       }
     }
     for (int k = 0; k < N; k++) dpost[t * N + k] = sum(dp[k]);

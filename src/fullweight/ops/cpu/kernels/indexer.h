@@ -28,17 +28,16 @@ void select_entries(const T* products, const float* weights, const int32_t* low,
       if (n <= k) {
         for (; filled < n; filled++) chosen[filled] = offset + from + filled;
       } else {
-        for (int64_t i = 0; i < n; i += L) {
+        each(n, [&](auto at) {
           vf score = {};
           for (int64_t h = 0; h < heads; h++) {
-            vf p = get(products + (q * heads + h) * width + from, i, n);
+            vf p = at.get(products + (q * heads + h) * width + from);
             score += weights[q * heads + h] * (p > 0.0f ? p : vf{});
           }
-          // + 0.0 turns -0.0 into 0.0, so that the two tie
-          vu key = ordered(score + 0.0f);
-          key = (vu)(lane() < (int32_t)std::min<int64_t>(n - i, L) ? (vi)key : vi{});
-          std::memcpy(&keys[i], &key, sizeof key);
-        }
+          // + 0.0 turns -0.0 into 0.0, so that the two tie; no score has the key 0
+          vu key = (vu)at.only((vf)ordered(score + 0.0f), 0.0f);
+          std::memcpy(&keys[at.i], &key, sizeof key);
+        });
         uint32_t bound = 0;  // largest key that at least k keys reach
         for (int bit = 31; bit >= 0; bit--) {
           const uint32_t candidate = bound | (1u << bit);
@@ -81,14 +80,14 @@ void index_loss(T* products, const float* weights, const int32_t* counts, const 
       for (int64_t i = 0; i < n; i++) whole += mass[t * k + i];
       const bool silent = !(whole > 0);
       float top = -INFINITY, sum_exp = 0, loss = 0;
-      for (int64_t i = 0; i < n; i += L) {
+      each(n, [&](auto at) {
         vf s = {};
         for (int64_t h = 0; h < heads; h++) {
-          vf p = get(products + (t * heads + h) * k, i, n);
+          vf p = at.get(products + (t * heads + h) * k);
           s += weights[t * heads + h] * (p > 0.0f ? p : vf{});
         }
-        put(score.data(), i, n, s);
-      }
+        at.put(score.data(), s);
+      });
       for (int64_t i = 0; i < n; i++) top = std::max(top, score[i]);
       for (int64_t i = 0; i < n; i++) sum_exp += std::exp(score[i] - top);
       const float log_sum = top + std::log(sum_exp);
@@ -102,13 +101,13 @@ void index_loss(T* products, const float* weights, const int32_t* counts, const 
         T* row = products + (t * heads + h) * k;
         const float w = weights[t * heads + h];
         vf dw = {};
-        for (int64_t i = 0; i < n; i += L) {
-          vf p = get(row, i, n), g = get(score.data(), i, n);
+        each(n, [&](auto at) {
+          vf p = at.get(row), g = at.get(score.data());
           vi on = p > 0.0f;
           dw += on ? g * p : vf{};
-          put(row, i, n, on ? g * w : vf{});
-        }
-        for (int64_t i = n; i < k; i += L) put(row, i, k, vf{});
+          at.put(row, on ? g * w : vf{});
+        });
+        clear(row + n, k - n);
         dweights[t * heads + h] = sum(dw);
       }
     }

@@ -13,23 +13,16 @@ void cross_entropy(T* logits, const int64_t* targets, const float* weights, floa
   for (int64_t r = 0; r < rows; r++) {
     T* row = logits + r * vocabulary;
     vf most = broadcast(-INFINITY), total = {};
-    for (int64_t i = 0; i < vocabulary; i += L) {
-      vf v = get(row, i, vocabulary);
-      v = lane() < (int32_t)std::min<int64_t>(vocabulary - i, L) ? v : broadcast(-INFINITY);
-      most = larger(v, most);
-    }
+    each(vocabulary, [&](auto at) { most = larger(at.only(at.get(row), -INFINITY), most); });
     const float top = largest(most);
-    for (int64_t i = 0; i < vocabulary; i += L) {
-      vf v = exponential(get(row, i, vocabulary) - top);
-      total += lane() < (int32_t)std::min<int64_t>(vocabulary - i, L) ? v : vf{};
-    }
+    each(vocabulary, [&](auto at) { total += at.only(exponential(at.get(row) - top), 0.0f); });
     const float lse = top + std::log(sum(total)), w = weights[r];
-    const float target = get(row, targets[r], targets[r] + 1)[0];
-    log_probs[r] = target - lse;
+    const Part target{targets[r], 1};
+    const float score = target.get(row)[0];
+    log_probs[r] = score - lse;
     if (!with_gradient) continue;
-    for (int64_t i = 0; i < vocabulary; i += L)
-      put(row, i, vocabulary, w * exponential(get(row, i, vocabulary) - lse));
-    put(row, targets[r], targets[r] + 1, broadcast(w * (std::exp(target - lse) - 1.0f)));
+    each(vocabulary, [&](auto at) { at.put(row, w * exponential(at.get(row) - lse)); });
+    target.put(row, broadcast(w * (std::exp(score - lse) - 1.0f)));
   }
 }
 

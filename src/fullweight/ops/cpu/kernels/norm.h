@@ -5,6 +5,24 @@
 
 namespace {
 
+// Rows of pairs (a, b) turned by angles with these cosines and sines: (a c - b s, a s + b c), back with sign -1.
+struct Turn {
+  const float *cosine, *sine;
+  int64_t pairs;
+  float sign;
+  vf operator()(Whole at, vf v) const { return by(v, doubled(cosine + at.i / 2), doubled(sine + at.i / 2)); }
+  vf operator()(Part at, vf v) const {
+    float c[L / 2] = {}, s[L / 2] = {};
+    std::memcpy(c, cosine + at.i / 2, at.n / 2 * sizeof(float));
+    std::memcpy(s, sine + at.i / 2, at.n / 2 * sizeof(float));
+    return by(v, doubled(c), doubled(s));
+  }
+  vf by(vf v, vf c, vf s) const {
+    const vf signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    return v * c + swapped(v) * s * (signs * sign);
+  }
+};
+
 // out = rotate(weight * x * rstd); weight may be null, cos/sin null for no rotation, rstd null for no norm.
 template <class T>
 void norm_rotary_forward(const T* x, const float* weight, const float* cosine, const float* sine, T* out,
@@ -17,38 +35,22 @@ void norm_rotary_forward(const T* x, const float* weight, const float* cosine, c
     float scale = 1.0f;
     if (rstd) {
       vf squares = {};
-      for (int64_t i = 0; i < dim; i += L) { vf v = get(in, i, dim); squares += v * v; }
+      each(dim, [&](auto at) { vf v = at.get(in); squares += v * v; });
       scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
       rstd[r] = scale;
     }
     const int64_t plain = cosine ? dim - 2 * pairs : dim;
-    for (int64_t i = 0; i < plain; i += L) {
-      vf v = get(in, i, plain) * scale;
-      put(to, i, plain, weight ? v * get(weight, i, plain) : v);
-    }
+    each(plain, [&](auto at) {
+      vf v = at.get(in) * scale;
+      at.put(to, weight ? v * at.get(weight) : v);
+    });
     if (!cosine) continue;
-    const float* c = cosine + (r / per_token) * pairs;
-    const float* s = sine + (r / per_token) * pairs;
-    float turned[2 * 512];
-    const int64_t width = 2 * pairs;
-    for (int64_t i = 0; i < width; i += L) {
-      vf v = get(in + plain, i, width) * scale;
-      put(turned, i, width, weight ? v * get(weight + plain, i, width) : v);
-    }
-    for (int64_t i = 0; i < pairs; i++) {
-      float a = turned[2 * i], b = turned[2 * i + 1];
-      turned[2 * i] = a * c[i] - b * s[i];
-      turned[2 * i + 1] = a * s[i] + b * c[i];
-    }
-    for (int64_t i = 0; i < width; i += L) put(to + plain, i, width, get(turned, i, width));
-  }
-}
-
-inline void unrotate(float* row, const float* c, const float* s, int64_t pairs) {
-  for (int64_t i = 0; i < pairs; i++) {
-    float a = row[2 * i], b = row[2 * i + 1];
-    row[2 * i] = a * c[i] + b * s[i];
-    row[2 * i + 1] = b * c[i] - a * s[i];
+    const int64_t token = r / per_token;
+    const Turn turn{cosine + token * pairs, sine + token * pairs, pairs, 1.0f};
+    each(2 * pairs, [&](auto at) {
+      vf v = at.get(in + plain) * scale;
+      at.put(to + plain, turn(at, weight ? v * at.get(weight + plain) : v));
+    });
   }
 }
 
@@ -59,33 +61,37 @@ void norm_rotary_backward(const T* dout, const T* x, const float* weight, const 
                           int64_t dim, int64_t per_token, int64_t pairs, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> grad((dim + L - 1) / L * L), normed(grad.size());
+    std::vector<float> grad(dim);
     float* mine = dweight ? dweight + omp_get_thread_num() * dim : nullptr;
+    const int64_t plain = cosine ? dim - 2 * pairs : dim;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-      const float* c = cosine ? cosine + (r / per_token) * pairs : nullptr;
-      const float* s = sine ? sine + (r / per_token) * pairs : nullptr;
-      for (int64_t i = 0; i < dim; i += L) put(grad.data(), i, dim, get(dout + r * dim, i, dim));
-      if (cosine) unrotate(grad.data() + dim - 2 * pairs, c, s, pairs);
+      const T *g = dout + r * dim, *in = x + r * dim;
+      each(plain, [&](auto at) { at.put(grad.data(), at.get(g)); });
+      if (cosine) {
+        const int64_t token = r / per_token;
+        const Turn back{cosine + token * pairs, sine + token * pairs, pairs, -1.0f};
+        each(2 * pairs, [&](auto at) { at.put(grad.data() + plain, back(at, at.get(g + plain))); });
+      }
       if (!rstd) {
-        for (int64_t i = 0; i < dim; i += L) put(dx + r * dim, i, dim, get(grad.data(), i, dim));
+        each(dim, [&](auto at) { at.put(dx + r * dim, at.get(grad.data())); });
         continue;
       }
       const float scale = rstd[r];
-      for (int64_t i = 0; i < dim; i += L) put(normed.data(), i, dim, get(x + r * dim, i, dim) * scale);
       vf dot = {};
-      for (int64_t i = 0; i < dim; i += L) {
-        vf g = get(grad.data(), i, dim), v = get(normed.data(), i, dim);
+      each(dim, [&](auto at) {
+        vf d = at.get(grad.data()), v = at.get(in) * scale;
         if (weight) {
-          put(mine, i, dim, get(mine, i, dim) + g * v);
-          g = g * get(weight, i, dim);
-          put(grad.data(), i, dim, g);
+          at.put(mine, at.get(mine) + d * v);
+          d = d * at.get(weight);
+          at.put(grad.data(), d);
         }
-        dot += g * v;
-      }
+        dot += d * v;
+      });
       const float mean = sum(dot) / dim;
-      for (int64_t i = 0; i < dim; i += L)
-        put(dx + r * dim, i, dim, (get(grad.data(), i, dim) - get(normed.data(), i, dim) * mean) * scale);
+      each(dim, [&](auto at) {
+        at.put(dx + r * dim, (at.get(grad.data()) - at.get(in) * scale * mean) * scale);
+      });
     }
   }
 }

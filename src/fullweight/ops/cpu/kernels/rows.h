@@ -18,11 +18,11 @@ template <class T>
 void combine(const T* rows, const int64_t* place, T* out, int64_t tokens, int64_t k, int64_t dim, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < tokens; t++)
-    for (int64_t i = 0; i < dim; i += L) {
+    each(dim, [&](auto at) {
       vf s = {};
-      for (int64_t j = 0; j < k; j++) s += get(rows + place[t * k + j] * dim, i, dim);
-      put(out + t * dim, i, dim, s);
-    }
+      for (int64_t j = 0; j < k; j++) s += at.get(rows + place[t * k + j] * dim);
+      at.put(out + t * dim, s);
+    });
 }
 
 // out[index[r]] += rows[r] for index >= 0; threads split the channels, so the order of sums is fixed.
@@ -34,8 +34,8 @@ void scatter_add(const T* rows, const int64_t* index, float* out, int64_t count,
     const int64_t from = blocks * part / threads * L, to = std::min(dim, blocks * (part + 1) / threads * L);
     for (int64_t r = 0; r < count; r++) {
       if (index[r] < 0) continue;
-      float* sum_row = out + index[r] * dim;
-      for (int64_t i = from; i < to; i += L) put(sum_row, i, dim, get(sum_row, i, dim) + get(rows + r * dim, i, dim));
+      float* sum_row = out + index[r] * dim + from;
+      each(to - from, [&](auto at) { at.put(sum_row, at.get(sum_row) + at.get(rows + r * dim + from)); });
     }
   }
 }

@@ -13,13 +13,13 @@ void swiglu_forward(const T* gate_up, const float* scale, T* out, int64_t rows, 
   for (int64_t r = 0; r < rows; r++) {
     const T* g = gate_up + r * 2 * f;
     const float w = scale ? scale[r] : 1.0f;
-    for (int64_t i = 0; i < f; i += L) {
-      vf gate = get(g, i, f), up = get(g + f, i, f);
+    each(f, [&](auto at) {
+      vf gate = at.get(g), up = at.get(g + f);
       gate = gate > limit ? broadcast(limit) : gate;
       up = up > limit ? broadcast(limit) : up;
       up = up < -limit ? broadcast(-limit) : up;
-      put(out + r * f, i, f, gate * logistic(gate) * up * w);
-    }
+      at.put(out + r * f, gate * logistic(gate) * up * w);
+    });
   }
 }
 
@@ -33,8 +33,8 @@ void swiglu_backward(const T* dout, const T* gate_up, const float* scale, T* dga
     T* dg = dgate_up + r * 2 * f;
     const float w = scale ? scale[r] : 1.0f;
     vf total = {};
-    for (int64_t i = 0; i < f; i += L) {
-      vf gate = get(g, i, f), up = get(g + f, i, f), d = get(dout + r * f, i, f);
+    each(f, [&](auto at) {
+      vf gate = at.get(g), up = at.get(g + f), d = at.get(dout + r * f);
       vi gate_in = gate <= limit, up_in = (up <= limit) & (up >= -limit);
       gate = gate > limit ? broadcast(limit) : gate;
       up = up > limit ? broadcast(limit) : up;
@@ -44,10 +44,10 @@ void swiglu_backward(const T* dout, const T* gate_up, const float* scale, T* dga
       total += d * activation;
       d = d * w;
       vf slope = sigma * (1.0f + gate * (1.0f - sigma));
-      put(dg, i, f, gate_in ? d * up * slope : vf{});
-      put(dg + f, i, f, up_in ? d * silu : vf{});
-      if (out) put(out + r * f, i, f, activation * w);
-    }
+      at.put(dg, gate_in ? d * up * slope : vf{});
+      at.put(dg + f, up_in ? d * silu : vf{});
+      if (out) at.put(out + r * f, activation * w);
+    });
     if (dscale) dscale[r] = sum(total);
   }
 }
