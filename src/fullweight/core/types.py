@@ -34,10 +34,17 @@ class CompressionTable:
     entry_positions: Tensor  # [E] in-document position of that token (its RoPE position)
     entry_begin: Tensor  # [T]
     entry_end: Tensor  # [T]
+    entry_order: Tensor | None = None  # of a slice of a row (`core/slicing.py`): [E] into all slices' entries
 
     def to(self, device: torch.device | str) -> CompressionTable:
-        moved = (self.entry_tokens, self.entry_positions, self.entry_begin, self.entry_end)
-        return CompressionTable(self.ratio, *(x.to(device) for x in moved))
+        return CompressionTable(
+            self.ratio,
+            self.entry_tokens.to(device),
+            self.entry_positions.to(device),
+            self.entry_begin.to(device),
+            self.entry_end.to(device),
+            None if self.entry_order is None else self.entry_order.to(device),
+        )
 
 
 @dataclass(frozen=True)

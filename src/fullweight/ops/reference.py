@@ -242,9 +242,10 @@ class ReferenceOperations:
     ) -> AttentionOutput:
         """Shared-KV attention over the last `window` tokens of the document, compressed entries and a sink.
 
-        q [T, H, c], kv [T, c] (key and value), sink [H] fp32. Logits are q.k / sqrt(c); the sink adds
-        exp(sink[h]) to the denominator and has no value. The output is rotated back by `turn`, the (cos, sin)
-        that q was rotated by.
+        q [T, H, c], kv [F + T, c] (key and value), sink [H] fp32. The first F rows of kv (at most `window`) are
+        tokens before the first query, which a layout with negative `document_starts` reaches. Logits are
+        q.k / sqrt(c); the sink adds exp(sink[h]) to the denominator and has no value. The output is rotated
+        back by `turn`, the (cos, sin) that q was rotated by.
         """
         parts = []
         for a, b in chunks(q.shape[0], QUERY_CHUNK):
@@ -267,7 +268,8 @@ class ReferenceOperations:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         token = torch.arange(a, b, device=q.device).unsqueeze(1)
         index = token + torch.arange(1 - window, 1, device=q.device)
-        keys, seen = kv[index.clamp(min=0)], index >= layout.document_starts[a:b, None]
+        front = kv.shape[0] - q.shape[0]
+        keys, seen = kv[(index + front).clamp(min=0)], index >= layout.document_starts[a:b, None]
         if compressed is not None:
             more, more_seen = self._compressed_keys(compressed, a, b)
             keys, seen = torch.cat((keys, more), 1), torch.cat((seen, more_seen), 1)

@@ -190,10 +190,12 @@ def smallest_gap(model: DeepSeekV4, documents: list[list[int]]) -> float:
     gaps = watching.gaps
 
     def note(gate: Gate, _inputs: object, outputs: tuple[Tensor, ...]) -> None:
-        if not gate.hashed and gate.config.num_experts_per_tok < gate.config.n_routed_experts:
-            ordered = (outputs[0] + gate.get_buffer("bias")).sort(-1, descending=True).values
-            k = gate.config.num_experts_per_tok
-            gaps.append(float((ordered[:, k - 1] - ordered[:, k]).min()))
+        k = gate.config.num_experts_per_tok
+        if not gate.hashed and k < gate.config.n_routed_experts:
+            # the router's choice, and the balance loss's, which knows no bias
+            for affinity in (outputs[0] + gate.get_buffer("bias"), outputs[0]):
+                ordered = affinity.sort(-1, descending=True).values
+                gaps.append(float((ordered[:, k - 1] - ordered[:, k]).min()))
 
     for module in watched.modules():
         if isinstance(module, Gate):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fullweight.core.slicing import Slice, slice_layout
 from fullweight.core.types import PackedLayout
 from fullweight.ops.reference import Compressed, ReferenceOperations
 
@@ -131,6 +132,44 @@ def test_attention(ops: ReferenceOperations, dtype: torch.dtype, kind: str, wind
     for row, places, mass in zip(result.mass, lists or [], masses, strict=True):
         torch.testing.assert_close(row[: len(places)].double(), mass, rtol=0.03, atol=1e-4)
         assert not row[len(places) :].any()
+
+
+@dtypes
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+@pytest.mark.parametrize("window", [1, 32, 50])
+def test_attention_of_slices(ops: ReferenceOperations, dtype: torch.dtype, kind: str, window: int) -> None:
+    """Keys from before the first query: three slices give the row's outputs and gradients."""
+    selected, lists = _selection(LAYOUT, 9, window)
+    if kind == "hca":
+        selected, lists = None, formulas.visible_entries(LAYOUT, 4)
+    size = NUM_TOKENS // 3
+
+    def operation(q: Tensor, kv: Tensor, sink: Tensor, entries: Tensor) -> Tensor:
+        outs = []
+        for i in range(3):
+            a, b = i * size, (i + 1) * size
+            layout = slice_layout(LAYOUT, Slice(i, 3))
+            keys = kv[max(a - window + 1, 0) : b]
+            if i == 0:
+                keys = torch.cat((kv.new_full((window - 1, 16), 1e4), keys))  # nobody looks there
+            picked = None if selected is None else selected[a:b]
+            compressed = Compressed(entries, layout.tables[4], picked)
+            turn = TURN[0][a:b], TURN[1][a:b]
+            outs.append(ops.attention(q[a:b], keys, sink, layout, window, turn, compressed).out)
+        return torch.cat(outs)
+
+    inputs = [
+        random(NUM_TOKENS, 3, 16, dtype=dtype),
+        random(NUM_TOKENS, 16, dtype=dtype, seed=1),
+        random(3, seed=2),
+        random(NUM_TOKENS // 4, 16, dtype=dtype, seed=3),
+    ]
+    check(
+        operation,
+        lambda q, kv, sink, e: formulas.attention(q, kv, sink, LAYOUT, window, TURN, e, lists)[0],
+        inputs,
+        dtype,
+    )
 
 
 @dtypes

@@ -51,21 +51,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context | DecodeContext) -> Tensor:
         """x [T, d] -> [T, d]; in a DecodeContext T counts sequences, one new token each."""
-        rotation = context.main if self.kind is LayerKind.SLIDING else context.compress
+        sliding = self.kind is LayerKind.SLIDING
+        rotation = context.main if sliding else context.compress
         latent = keep(self.q_norm, self.wq_a(x))
-        q = keep(self._turn_queries, keep(self._queries, latent), rotation.cos, rotation.sin)
         kv = keep(self._turn_keys, self.wkv(x), rotation.cos, rotation.sin)
         if isinstance(context, DecodeContext):
+            q = self._turn_queries(self._queries(latent, self.wq_b.weight), rotation.cos, rotation.sin)
             out = self._decode(x, latent, q, kv, context)
             out = self.ops.rotary(out, rotation.cos, -rotation.sin)
-        else:
-            out = self._packed(x, latent, q, kv, rotation, context)
-        groups = self.config.o_groups
-        out = out.reshape(x.shape[0], groups, -1) if groups > 1 else out.flatten(1)
-        return keep(self.wo_b, self.wo_a(out))
+            return self._output(out, self.wo_a.weight, self.wo_b.weight)
+        axis, rotation = context.axis, context.span.main if sliding else context.span.compress
+        q = keep(self._queries, axis.widen(latent), axis.own(self.wq_b.weight))
+        q = keep(self._turn_queries, q, rotation.cos, rotation.sin)
+        out = self._packed(x, latent, q, kv, rotation, context)
+        return axis.narrow(self._output(out, axis.own(self.wo_a.weight), axis.own(self.wo_b.weight)))
 
-    def _queries(self, latent: Tensor) -> Tensor:
-        return self.wq_b(latent).view(-1, self.config.num_attention_heads, self.config.head_dim)
+    def _queries(self, latent: Tensor, weight: Tensor) -> Tensor:
+        return self.ops.linear(latent, weight).unflatten(-1, (-1, self.config.head_dim))
 
     def _turn_queries(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.ops.norm_rotary(q, None, self.config.rms_norm_eps, cos, sin)
@@ -73,33 +75,38 @@ class Attention(nn.Module):
     def _turn_keys(self, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.ops.norm_rotary(kv, self.kv_norm.weight, self.kv_norm.eps, cos, sin)
 
+    def _output(self, out: Tensor, wo_a: Tensor, wo_b: Tensor) -> Tensor:
+        """out [T, h, c] of some heads, by the matrices' parts for their groups: [T, d], a part of the sum."""
+        if self.config.o_groups > 1:
+            heads = self.config.num_attention_heads // self.config.o_groups
+            mixed = self.ops.grouped_linear(out.unflatten(1, (-1, heads)).flatten(2), wo_a)
+        else:
+            mixed = self.ops.linear(out.flatten(1), wo_a)
+        return keep(self.ops.linear, mixed, wo_b)
+
     def _packed(
         self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, rotation: Rotation, context: Context
     ) -> Tensor:
-        compressed, index = None, None
+        """Attention of the span's queries q [S, h, c], rotated by `rotation`, for the local heads."""
+        compressed, index, axis, span = None, None, context.axis, context.span.layout
         capture = context.capture[self.layer] if context.capture is not None else None
         if capture is not None:
             capture.fill_window(kv, context.layout)
         if self.kind is not LayerKind.SLIDING:
             table, entry_rotation = context.layout.tables[self.ratio], context.entries[self.ratio]
-            pooled = self.compressor(x, table, entry_rotation)
+            pooled = self.compressor(x, table, entry_rotation, axis)
             if self.kind is LayerKind.CSA:
-                index = self.indexer(x, latent, table, context.compress, entry_rotation)
-            selected = index.selected if index is not None and not context.dense_csa else None
-            compressed = Compressed(pooled.entries, table, selected)
+                index = self.indexer(x, latent, table, context.compress, entry_rotation, axis)
+            selected = axis.widen(index.selected) if index is not None and not context.dense_csa else None
+            compressed = Compressed(pooled.entries, span.tables[self.ratio], selected)
             if capture is not None:
                 capture.main.fill(pooled, context.layout)
                 if index is not None:
                     capture.index.fill(index.compressed, context.layout)
-        result = self.ops.attention(
-            q,
-            kv,
-            self.attn_sink,
-            context.layout,
-            self.config.sliding_window,
-            (rotation.cos, rotation.sin),
-            compressed,
-        )
+        window = self.config.sliding_window
+        keys = axis.before_span(window - 1, axis.widen(kv))
+        turn = (rotation.cos, rotation.sin)
+        result = self.ops.attention(q, keys, axis.own_heads(self.attn_sink), span, window, turn, compressed)
         if index is not None and compressed is not None and context.with_losses:
             self._train_indexer(index, q, result, compressed, context)
         return result.out
@@ -112,15 +119,17 @@ class Attention(nn.Module):
         compressed: Compressed,
         context: Context,
     ) -> None:
-        tokens = context.layout.num_tokens - context.layout.num_padding
+        """The indexer learns from the slice's own tokens, of whose attention it needs all heads."""
+        tokens, axis = context.layout.num_tokens - context.layout.num_padding, context.axis
         keys = index.compressed.entries
         if self.indexer_loss == "selected":
             assert result.mass is not None
-            loss = self.ops.indexer_loss(index.queries, keys, index.weights, index.selected, result.mass, tokens)
+            mass = axis.narrow(result.mass)
+            loss = self.ops.indexer_loss(index.queries, keys, index.weights, index.selected, mass, tokens)
         elif self.indexer_loss == "visible":
-            loss = self.ops.dense_indexer_loss(
-                index.queries, keys, index.weights, q, result.lse, compressed, tokens
-            )
+            heads = axis.all_heads(q), axis.all_heads(result.lse)
+            target = Compressed(compressed.entries, context.layout.tables[self.ratio])
+            loss = self.ops.dense_indexer_loss(index.queries, keys, index.weights, *heads, target, tokens)
         else:
             return
         context.aux.indexer.append(loss)

@@ -7,7 +7,7 @@ gate's softmax and the pooling are fp32, as in the reference code. Source: repor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from fullweight.core.types import CompressionTable
 from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
 from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.rotary import Rotation
+from fullweight.models.deepseek_v4.tokens import TokenAxis
 from fullweight.ops.reference import ReferenceOperations
 
 
 @dataclass(frozen=True)
 class CompressorOutput:
-    """entries [E, c] in the compute dtype, normed and rotated; values and gates [T, W] fp32, for a cache."""
+    """The row's entries [E, c], normed and rotated, in the compute dtype; values and gates [T, W] fp32."""
 
     entries: Tensor
     values: Tensor
@@ -40,11 +41,17 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, channels))
         self.norm = Norm(ops, width, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, table: CompressionTable, rotation: Rotation) -> CompressorOutput:
-        """x [T, d]; `rotation` belongs to the entries' positions."""
-        values, gates = self.project(x)
+    def forward(self, x: Tensor, table: CompressionTable, rotation: Rotation, axis: TokenAxis) -> CompressorOutput:
+        """x [T, d]; `rotation` belongs to the positions of the entries that `table` makes from them."""
+        # a window whose last token is here began at most `reach` rows before the first
+        reach = 2 * self.ratio - 1 if self.overlap else self.ratio - 1
+        values, gates = axis.before(reach, *self.project(x))
+        front = values.shape[0] - x.shape[0]
+        if front:
+            table = replace(table, entry_tokens=table.entry_tokens + front)
         pooled = self.ops.compress(values, gates, self.ape, table, self.overlap)
-        return CompressorOutput(self.finish(pooled, rotation, x.dtype), values, gates)
+        made = self.finish(pooled, rotation, x.dtype)
+        return CompressorOutput(axis.entries(made, table.entry_order), values, gates)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gates [T, W], fp32."""

@@ -1,7 +1,8 @@
 """What every layer of one forward pass shares: the layout, the rotary tables, the masks.
 
 Built once per forward by the model; layers only read it. `aux` collects what the layers report beside their
-output: sums of the indexer's and the balance loss, and how many tokens each expert got.
+output: sums of the indexer's and the balance loss, and how many tokens each expert got. Everything is made from
+the whole row and then cut to the tokens at hand (`tokens.py`), so documents that go on elsewhere stay whole.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fullweight.core.slicing import slice_layout
 from fullweight.core.types import PackedLayout
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.rotary import Rotation, frequencies, rotation
+from fullweight.models.deepseek_v4.tokens import WHOLE_ROW, TokenAxis
 
 if TYPE_CHECKING:
     from fullweight.models.deepseek_v4.cache import LayerCache
@@ -39,16 +42,28 @@ class Auxiliary:
 
 
 @dataclass(frozen=True)
+class Span:
+    """What attention reads of the tokens whose queries it runs."""
+
+    layout: PackedLayout
+    main: Rotation
+    compress: Rotation
+
+
+@dataclass(frozen=True)
 class Context:
-    """Shared inputs of a packed forward pass over T tokens."""
+    """Shared inputs of a packed forward pass over T tokens: the row, or this holder's slice of it."""
 
     tokens: Tensor  # [T] int64
     layout: PackedLayout
-    documents: Tensor  # [T] int64 index of the token's document
+    documents: Tensor  # [T] int64 index, in the row, of the token's document
+    num_documents: int  # of the row, with the padding
     valid: Tensor  # [T] bool, False on padding
     main: Rotation  # sliding layers
     compress: Rotation  # compressed layers
-    entries: dict[int, Rotation]  # by ratio, at the entries' positions
+    entries: dict[int, Rotation]  # by ratio, at the positions of the entries made here
+    span: Span
+    axis: TokenAxis
     aux: Auxiliary
     with_losses: bool
     dense_csa: bool = False  # CSA reads every visible entry, not the indexer's choice
@@ -58,24 +73,34 @@ class Context:
     def build(
         config: DeepSeekV4Config,
         tokens: Tensor,
-        layout: PackedLayout,
+        row: PackedLayout,
         with_losses: bool,
         capture: list[LayerCache] | None = None,
         *,
+        axis: TokenAxis = WHOLE_ROW,
         dense_csa: bool = False,
     ) -> Context:
+        """The context of the tokens that `axis` gives, of the whole row's `tokens` and layout."""
         device = tokens.device
         main = frequencies(config, compressed=False, device=device)
         compress = frequencies(config, compressed=True, device=device)
-        total = layout.num_tokens
+        layout = slice_layout(row, axis.slice)
+        here = slice(*axis.slice.bounds(row.num_tokens))
+        span = own = Span(layout, rotation(layout.positions, main), rotation(layout.positions, compress))
+        if axis.span != axis.slice:
+            wide = slice_layout(row, axis.span)
+            span = Span(wide, rotation(wide.positions, main), rotation(wide.positions, compress))
         return Context(
-            tokens=tokens,
+            tokens=tokens[here],
             layout=layout,
-            documents=torch.cumsum(layout.positions == 0, 0) - 1,
-            valid=torch.arange(total, device=device) < total - layout.num_padding,
-            main=rotation(layout.positions, main),
-            compress=rotation(layout.positions, compress),
+            documents=(torch.cumsum(row.positions == 0, 0) - 1)[here],
+            num_documents=len(row.document_lengths),
+            valid=torch.arange(layout.num_tokens, device=device) < layout.num_tokens - layout.num_padding,
+            main=own.main,
+            compress=own.compress,
             entries={r: rotation(t.entry_positions, compress) for r, t in layout.tables.items()},
+            span=span,
+            axis=axis,
             aux=Auxiliary(),
             with_losses=with_losses,
             dense_csa=dense_csa,

@@ -19,6 +19,7 @@ from fullweight.models.deepseek_v4.compressor import Compressor, CompressorOutpu
 from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
 from fullweight.models.deepseek_v4.layers import Projection
 from fullweight.models.deepseek_v4.rotary import Rotation
+from fullweight.models.deepseek_v4.tokens import TokenAxis
 from fullweight.ops.reference import ReferenceOperations
 
 
@@ -44,12 +45,18 @@ class Indexer(nn.Module):
         self.weights_proj = Projection(ops, config.hidden_size, heads)
 
     def forward(
-        self, x: Tensor, latent: Tensor, table: CompressionTable, rotation: Rotation, entry_rotation: Rotation
+        self,
+        x: Tensor,
+        latent: Tensor,
+        table: CompressionTable,
+        rotation: Rotation,
+        entry_rotation: Rotation,
+        axis: TokenAxis,
     ) -> IndexerOutput:
         """x [T, d] and the normed query latent [T, q_lora_rank]; both are detached here."""
         x, latent = x.detach(), latent.detach()
         queries, weights = self.query(x, latent, rotation)
-        compressed = self.compressor(x, table, entry_rotation)
+        compressed = self.compressor(x, table, entry_rotation, axis)
         selected = self.ops.select_entries(queries, compressed.entries, weights, table, self.config.index_topk)
         return IndexerOutput(queries, weights, compressed, selected)
 

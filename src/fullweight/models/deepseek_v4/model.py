@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fullweight.core.errors import ConfigError, DataError
+from fullweight.core.slicing import slice_targets
 from fullweight.core.types import Batch, PackedLayout, ParameterRole
 from fullweight.models.deepseek_v4.block import Block, MtpBlock, Sublayers
 from fullweight.models.deepseek_v4.cache import Cache, DecodeContext
@@ -26,6 +27,7 @@ from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.moe import update_bias
 from fullweight.models.deepseek_v4.parts import Part, parts_of
 from fullweight.models.deepseek_v4.roles import parameter_role
+from fullweight.models.deepseek_v4.tokens import WHOLE_ROW, TokenAxis
 from fullweight.ops import resolve_operations
 from fullweight.ops.reference import ReferenceOperations
 
@@ -37,7 +39,7 @@ class ModelOutput:
     losses: fp32 scalars, sums to be divided by `DeepSeekV4.loss_counts` of the global batch ("lm", and with
     gradients or on request "mtp", "indexer", "balance"). log_probs [T] fp32: log-probability of each
     position's target, no gradient. expert_counts [MoE layers, experts] int64: tokens routed, padding excluded;
-    row i is main layer i, the MTP block's row comes last.
+    row i is main layer i, the MTP block's row comes last. Of a slice of a row, all of it is the slice's share.
 
     A part of the model that is not the last gives what the next one is to receive (`payload`), and of the rest its
     own blocks' share: no loss of the head, no log_probs, the rows of its own layers.
@@ -59,10 +61,12 @@ class DeepSeekV4(nn.Module):
     `ops` is a set of operations or its name ("auto" picks the fastest for a CPU); `indexer_loss` is over
     "selected" entries (sparse training), all "visible" ones (indexer warm-up) or "none". With `dense_csa` set
     (not with "selected"), CSA layers read every visible entry wherever losses are computed: DeepSeek-V3.2's
-    dense warm-up.
+    dense warm-up. `axis` says which slice of a row is run here, and knows what lies outside; it is given whole
+    rows all the same.
     """
 
     dense_csa: bool = False
+    axis: TokenAxis = WHOLE_ROW
 
     def __init__(
         self,
@@ -116,26 +120,34 @@ class DeepSeekV4(nn.Module):
         part = self.whole if part is None else part
         with_losses = torch.is_grad_enabled() if with_losses is None else with_losses
         context = self._context(batch.tokens, batch.layout, with_losses)
-        embedded = self._embed(context.tokens) if part.is_first else received[-1]
-        streams = self._spread(embedded) if part.is_first else received[0]
+        if part.is_first:
+            embedded = self._embed(self._tokens_and_next(batch.tokens))
+            streams, following = self._spread(embedded[:-1]), embedded[1:]
+        else:
+            streams, following = received
         streams = self._trunk(streams, context, part.layers)
         losses, log_probs = {}, streams.new_empty(0, dtype=torch.float32)
         if part.is_last:
-            losses["lm"], log_probs = self._predict(self._collapse(streams), *batch.targets())
+            losses["lm"], log_probs = self._predict(
+                self._collapse(streams), *slice_targets(batch, self.axis.slice)
+            )
         if with_losses:
             if part.is_last and self.mtp:
-                losses["mtp"] = self._predict_ahead(streams, embedded, batch, context)
+                losses["mtp"] = self._predict_ahead(streams, following, batch, context)
             losses |= context.aux.sums(streams.device)
-        payload = () if part.is_last else (streams, embedded)
+        payload = () if part.is_last else (streams, following)
         return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts), payload)
 
     def payload_shapes(self, num_tokens: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of what one part hands to the next for a row of so many tokens, in the compute dtype."""
-        width = self.config.hidden_size
-        return (num_tokens, self.config.hc_mult, width), (num_tokens, width)
+        here, width = num_tokens // self.axis.slice.count, self.config.hidden_size
+        return (here, self.config.hc_mult, width), (here, width)
 
     def loss_counts(self, batch: Batch) -> dict[str, float]:
-        """What each loss sum is divided by, summed over the global batch: known before the forward pass."""
+        """What each loss sum is divided by, summed over the global batch: known before the forward pass.
+
+        Of the whole row, also where it is run in slices.
+        """
         layout = batch.layout
         return {
             "lm": float(batch.targets()[1].sum()),
@@ -207,7 +219,12 @@ class DeepSeekV4(nn.Module):
             raise ConfigError(f"the packed layout has no table for compression ratios {sorted(missing)}")
         capture = cache.layers if cache is not None else None
         dense = self.dense_csa and with_losses
-        return Context.build(self.config, tokens, layout, with_losses, capture, dense_csa=dense)
+        return Context.build(self.config, tokens, layout, with_losses, capture, axis=self.axis, dense_csa=dense)
+
+    def _tokens_and_next(self, tokens: Tensor) -> Tensor:
+        """The slice's tokens of the row's and the one after them (any, at the row's end): [s + 1]."""
+        first, stop = self.axis.slice.bounds(tokens.shape[0])
+        return torch.cat((tokens[first:stop], tokens[stop : stop + 1] if stop < len(tokens) else tokens[:1]))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)
@@ -230,12 +247,13 @@ class DeepSeekV4(nn.Module):
     def _predict(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return self.ops.cross_entropy(hidden, self.head.weight, targets, weights.to(self.norm.weight.dtype))
 
-    def _predict_ahead(self, streams: Tensor, embedded: Tensor, batch: Batch, context: Context) -> Tensor:
+    def _predict_ahead(self, streams: Tensor, following: Tensor, batch: Batch, context: Context) -> Tensor:
+        """The MTP loss from the trunk's streams [s, n, d] and the embedding [s, d] of each token's next one."""
         positions = batch.layout.positions
-        inside = torch.zeros_like(context.valid)
+        inside = torch.zeros_like(positions, dtype=torch.bool)
         inside[:-1] = positions[1:] == positions[:-1] + 1
-        following = embedded.roll(-1, 0) * inside.unsqueeze(1).to(embedded.dtype)
+        inside = inside[slice(*self.axis.slice.bounds(batch.num_tokens))]
         # a document's last token has no next one to read: it counts in no load and no loss
         context = replace(context, valid=context.valid & inside)
-        hidden = self.mtp[0](streams, following, context)
-        return self._predict(hidden, *batch.targets(2))[0]
+        hidden = self.mtp[0](streams, following * inside.unsqueeze(1).to(following.dtype), context)
+        return self._predict(hidden, *slice_targets(batch, self.axis.slice, 2))[0]

@@ -110,19 +110,22 @@ def balance_loss(affinity: Tensor, context: Context, top_k: int) -> Tensor:
     """Sum over documents of sum_i f_i P_i, the sequence-wise balance loss of DeepSeek-V3 (eqs. 17-20).
 
     f_i = X / (K L) * #{t: expert i among the K highest affinities}, P_i = mean over the document's L tokens
-    of the normalised affinity; affinity [T, X]. Padding counts for nothing.
+    of the normalised affinity; affinity [T, X]. Padding counts for nothing. Of a document that lies in several
+    slices each gives its tokens' part of P_i; f_i and L are the whole document's.
     """
-    documents = len(context.layout.document_lengths)
-    experts = affinity.shape[1]
+    documents, experts = context.num_documents, affinity.shape[1]
     valid = context.valid.to(affinity.dtype).unsqueeze(1)
-    lengths = affinity.new_zeros(documents).index_add(0, context.documents, valid.squeeze(1)).clamp(min=1)
     best = torch.zeros_like(affinity).scatter(1, affinity.detach().topk(top_k, -1).indices, 1.0)
     share = affinity / affinity.sum(-1, keepdim=True)
     zeros = affinity.new_zeros(documents, experts)
-    load = zeros.index_add(0, context.documents, best * valid)
-    mean_share = zeros.index_add(0, context.documents, share * valid)
-    scale = experts / top_k / lengths.square()
-    return ((load * mean_share).sum(-1) * scale).sum()
+    # counts, exact in fp32 in whatever order they are added; a last column counts tokens
+    seen = affinity.new_zeros(documents, experts + 1).index_add(
+        0, context.documents, torch.cat((best, torch.ones_like(valid)), 1) * valid
+    )
+    load, lengths = context.axis.sum(seen).split((experts, 1), 1)
+    shares = zeros.index_add(0, context.documents, share * valid)
+    scale = experts / top_k / lengths.squeeze(1).clamp(min=1).square()
+    return ((load * shares).sum(-1) * scale).sum()
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 A part is a run of main layers. The first one also embeds the tokens, the last one also predicts (final norm,
 head) and holds the MTP block, which reads what the head reads. Between parts pass the streams and, for the MTP
-block, the embedding. Layers keep their numbers, so names, tables and roles do not depend on where the cuts are.
+block, the embedding of each token's next one. Layers keep their numbers, so names, tables and roles do not depend
+on where the cuts are.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def chunked(q: Tensor, kv: Tensor, geometry: Geometry, compressed: Compressed | 
                 index = _selected_rows(compressed.selected, a, b)
                 entries = gather_rows(compressed.entries, index)
             else:
-                first, last = entry_span(compressed.table, a, b)
+                first, last = entry_span(compressed.table, a, b, compressed.entries.shape[0])
                 entries = compressed.entries[first:last]
                 low, high = (low - first).clamp_(min=0), (high - first).clamp_(min=0)
             if entries.shape[-2] == 0:
@@ -132,15 +132,15 @@ def _chunk_size(heads: int, width: int, compressed: Compressed | None) -> int:
     return max(CHUNK, SCORES // (heads * width) // BLOCK * BLOCK)
 
 
-def entry_span(table: CompressionTable, a: int, b: int) -> tuple[int, int]:
-    """Entries that any token of [a, b) sees, as one contiguous range (both bounds grow with the token).
+def entry_span(table: CompressionTable, a: int, b: int, num_entries: int) -> tuple[int, int]:
+    """Entries, of `num_entries`, that any token of [a, b) sees: one range, whose bounds grow with the token.
 
     Its length is rounded up where there are entries: oneDNN prepares every shape of a product anew.
     """
     last = min(b, table.entry_begin.shape[0]) - 1
     first, end = int(table.entry_begin[a]), int(table.entry_end[last])
     step = 64 if end - first > 256 else 16
-    return first, min(first + -(-(end - first) // step) * step, table.entry_tokens.shape[0])
+    return first, min(first + -(-(end - first) // step) * step, num_entries)
 
 
 def _selected_rows(selected: Tensor, a: int, b: int) -> Tensor:
@@ -168,10 +168,8 @@ class Attend(torch.autograd.Function):
         compressed = _compressed(entries, table, selected)
         geometry = Geometry.of(layout, window, compressed)
         total, heads, width = q.shape
-        q_padded, kv_padded = (
-            _pad_rows(q, 0, geometry.padded),
-            _pad_rows(kv, geometry.before, geometry.padded),
-        )
+        front = kv.shape[0] - total
+        q_padded, kv_padded = _pad_rows(q, 0, geometry.padded), _pad_keys(kv, front, geometry)
         out = torch.empty_like(q_padded)
         lse = torch.empty(geometry.padded, heads)
         num_selected = selected.shape[1] if selected is not None else 0
@@ -217,10 +215,8 @@ class Attend(torch.autograd.Function):
         geometry = Geometry.of(ctx.layout, ctx.window, compressed)
         total, heads, width = q.shape
         threads = torch.get_num_threads()
-        q_padded, kv_padded = (
-            _pad_rows(q, 0, geometry.padded),
-            _pad_rows(kv, geometry.before, geometry.padded),
-        )
+        front = kv.shape[0] - total
+        q_padded, kv_padded = _pad_rows(q, 0, geometry.padded), _pad_keys(kv, front, geometry)
         grad = grad.contiguous()
         # a rotation leaves the product of gradient and output as it is
         delta = torch.empty(total, heads)
@@ -245,7 +241,7 @@ class Attend(torch.autograd.Function):
                 _add_entries(dentries, chunk, entry_dscores, entry_probs, do, selected)
             dq[a:b] = chunk.weighted(dscores, entry_dscores)
         dsink = -(torch.exp(sink.float() - lse[:total]) * delta[:total]).sum(0).to(sink.dtype)
-        dkv = dkv[geometry.before : geometry.before + total].to(kv.dtype)
+        dkv = dkv[geometry.before - front : geometry.before + total].to(kv.dtype)
         dentries = dentries.to(entries.dtype) if dentries is not None else None
         return dq[:total], dkv, dsink, dentries, None, None, None, None, None
 
@@ -268,6 +264,12 @@ def _pad_rows(x: Tensor, before: int, rows: int) -> Tensor:
     if not before and not after:
         return x.contiguous()
     return F.pad(x, (0, 0) * (x.dim() - 1) + (before, after))
+
+
+def _pad_keys(kv: Tensor, front: int, geometry: Geometry) -> Tensor:
+    """kv, `front` rows of which lie before the first query, as [before + P, c]."""
+    assert 0 <= front <= geometry.before, "rows in front of the first query are within its window"
+    return _pad_rows(kv, geometry.before - front, front + geometry.padded)
 
 
 def _add_window(dkv: Tensor, chunk: Chunk, dscores: Tensor, probs: Tensor, do: Tensor, before: int) -> None:

@@ -29,7 +29,7 @@ def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: Compre
         reach = max(int(table.entry_end[min(a + CHUNK, total) - 1]) - int(table.entry_begin[a]), 1)
         size = min(CHUNK, INDEX_SCORES // (heads * reach)) // BLOCK * BLOCK
         b = min(a + max(BLOCK, size), total)
-        first, last = entry_span(table, a, b)
+        first, last = entry_span(table, a, b, keys.shape[0])
         products = queries[a:b].reshape(-1, width) @ keys[first:last].T
         low, high = ((x[a:b] - first).to(torch.int32) for x in (table.entry_begin, table.entry_end))
         shape = (b - a, heads, last - first, k, first, torch.get_num_threads())
