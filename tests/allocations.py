@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fullweight.checkpoint.store import local_tensor
+
 
 class Allocations(TorchDispatchMode):
-    """Within it, `live` bytes of storages made and not yet freed, and their `peak`; meta tensors hold none."""
+    """Within it, `live` bytes of storages made and not yet freed, and their `peak`; meta tensors hold none.
 
-    def __init__(self) -> None:
+    `there` are tensors that existed before and do not count.
+    """
+
+    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0
         self._known: set[int] = set()
+        self.live = self.peak = 0
+        for tensor in there:
+            self._meet(local_tensor(tensor).untyped_storage())
+        self.live = self.peak = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -24,7 +33,7 @@ class Allocations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self._meet(leaf.untyped_storage())
+                self._meet(local_tensor(leaf).untyped_storage())  # a DTensor's own claims the bytes of the whole
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> None:

@@ -32,7 +32,7 @@ def fresh(run: Path) -> dict[str, torch.Tensor]:
 def test_the_warm_up_recipe_trains_the_indexers_alone(tmp_path: Path, fullweight: Command) -> None:
     """The indexer's loss falls, every other exported tensor has the bits it began with, and the run says so."""
     run = tmp_path / "run"
-    done = fullweight("train", WARMUP, "--set", "export.dtype=float32", "--output", run)
+    done = fullweight("train", WARMUP, "--set", "export.format=float32", "--output", run)
     assert "7,295,014 parameters, 101,952 trained, 7,193,062 frozen" in done.stdout.replace("\n", " ")
     steps = ledger(run)
     indexer = [s["loss"]["indexer"] for s in steps]
@@ -51,7 +51,7 @@ def test_the_warm_up_recipe_trains_the_indexers_alone(tmp_path: Path, fullweight
 
 def test_a_partly_frozen_run_resumes_exactly(tmp_path: Path, fullweight: Command) -> None:
     """After resuming, frozen tensors are still frozen and the numbers are those of a run that never stopped."""
-    settings = ["schedule.kind=constant", "eval.num_samples=0", "export.dtype=float32"]
+    settings = ["schedule.kind=constant", "eval.num_samples=0", "export.format=float32"]
     settings += ['train.frozen=["*.experts.*", "*.ffn.gate.*", "embed.weight"]']
     arguments = [SMOKE, *(a for s in settings for a in ("--set", s))]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -1,4 +1,4 @@
-"""First weights go straight into each rank's shard: the bits of one process, and no whole model anywhere."""
+"""Weights go straight into each rank's shard and out again: the bits of one process, no whole model anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from tests.processes import fullweight
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fullweight.checkpoint.export import ModelWeights, write_checkpoint
+from fullweight.checkpoint.gather import WholeTensors
 from fullweight.checkpoint.hf import load_model
+from fullweight.checkpoint.peers import Peers
+from fullweight.checkpoint.plan import ExportFormat
+from fullweight.checkpoint.source import SourceForm
 from fullweight.checkpoint.synthetic import write_synthetic
 from fullweight.core.config import read_toml
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
@@ -38,7 +43,7 @@ def recipe(model: dict[str, object]) -> RunConfig:
 
 
 def rank_main(arguments: list[str]) -> int:
-    """One rank: build, shard, fill; rank 0 writes every tensor's hash, and each rank's peak beyond its shards."""
+    """One rank: build, shard, fill, export; every tensor's hash, and peaks beyond the shards of each rank."""
     model_json, out = arguments
     config = recipe(json.loads(model_json))
     with joined("cpu") as alone:
@@ -49,15 +54,31 @@ def rank_main(arguments: list[str]) -> int:
         with Allocations() as counted:
             model.to_empty(device="cpu")
             receipt = fill(model, config)
-        sharded = sum(isinstance(t, DTensor) for t in model.state_dict().values())
         beyond = ranks.gather(counted.peak - counted.live)
+        sharded = sum(isinstance(t, DTensor) for t in model.state_dict().values())
         found = hashes({n: whole(t) for n, t in model.state_dict().items()})
+        with Allocations(model.state_dict().values()) as counted:
+            export_back(model, config, Path(out).with_name("back"))
+        beyond += ranks.gather(counted.peak)
         if ranks.is_main:
             read = None if receipt is None else receipt.as_json()
             result = {"hashes": found, "beyond": beyond, "sharded": sharded, "receipt": read}
             Path(out).write_text(json.dumps(result))
         ranks.barrier()
     return 0
+
+
+def export_back(model: DeepSeekV4, config: RunConfig, place: Path) -> None:
+    """In the form of the source, or as float32 where the weights are fresh."""
+    tensors, folder = WholeTensors(model.state_dict(), Peers()), config.model.checkpoint
+
+    def write() -> None:
+        source = None if folder is None else SourceForm.of(folder)
+        form: ExportFormat = "float32" if source is None else "source"
+        weights = ModelWeights(tensors, model.config)
+        write_checkpoint(weights, model.config, place, form, origin="a test", source=source)
+
+    tensors.drive(write)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -96,6 +117,8 @@ def test_fresh_weights_on_three_ranks(tmp_path: Path) -> None:
     assert found["sharded"] > 40
     limit = 2 * largest_bytes(model)
     assert max(found["beyond"]) <= limit
+    back = load_model(tmp_path / "back")
+    assert hashes(dict(back.state_dict())) == found["hashes"]
     assert counted_alone(lambda: initialise(DeepSeekV4(config))) > limit, "a whole model would be noticed"
 
 
@@ -108,6 +131,8 @@ def test_published_weights_on_three_ranks(layout: str, tmp_path: Path) -> None:
     model = load_model(folder)
     assert found["hashes"] == hashes(dict(model.state_dict()))
     assert max(found["beyond"]) <= 2 * largest_bytes(model)
+    for path in folder.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     receipt = found["receipt"]
     stored = {}
     for path in folder.glob("*.safetensors"):

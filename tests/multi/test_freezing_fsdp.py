@@ -21,7 +21,7 @@ from fullweight.models.deepseek_v4.model import DeepSeekV4
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["train.num_steps=3", "train.precision=fp32", "optimizer.learning_rate=3e-4", "schedule.kind=constant"]
-SETTINGS += ["optimizer.muon.ns_dtype=float32", "eval.num_samples=0", "export.dtype=float32"]
+SETTINGS += ["optimizer.muon.ns_dtype=float32", "eval.num_samples=0", "export.format=float32"]
 SETTINGS += ["train.indexer_loss=visible", "train.csa_attention=visible"]
 
 

@@ -20,7 +20,7 @@ SETTINGS += [
     "optimizer.muon.ns_dtype=float32",
     "eval.num_samples=3",
     "eval.max_new_tokens=6",
-    "export.dtype=float32",
+    "export.format=float32",
     "checkpoint.every=5",
 ]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 from fullweight.checkpoint import fp4, fp8
 from fullweight.checkpoint.blocks import Encoded, errors
 from fullweight.checkpoint.folder import PublishedFolder, row_chunks
+from fullweight.checkpoint.gather import WholeTensors
 from fullweight.checkpoint.plan import ExportFormat, Names, Output, make_plan
 from fullweight.checkpoint.published import (
     INDEX,
@@ -31,7 +32,7 @@ from fullweight.checkpoint.shards import DTYPES, ShardWriter, as_bytes
 from fullweight.checkpoint.source import SOURCE, SourceForm
 from fullweight.core.errors import CheckpointError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.models.deepseek_v4.convert import Part, Stack, stacks, to_published
+from fullweight.models.deepseek_v4.convert import Part, Stack, stacks
 
 Progress = Callable[[str, int], None]
 """Told the name of a tensor and the bytes just written."""
@@ -61,15 +62,15 @@ class FolderWeights:
 
 
 class ModelWeights:
-    """The tensors of a model in memory, under our names."""
+    """The tensors of a model, under our names, that one process or many hold."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], config: DeepSeekV4Config) -> None:
-        self._published = to_published(tensors, config)
-        self._ours = {part.name: stack.ours for stack in stacks(config) for part in stack.places()}
+    def __init__(self, tensors: WholeTensors, config: DeepSeekV4Config) -> None:
+        self._tensors = tensors
+        self._places = {part.name: (stack.ours, part) for stack in stacks(config) for part in stack.places()}
         self._hashes: dict[str, hashlib._Hash] = {}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        rows = self._published[name][start:stop].detach().cpu().contiguous()
+        rows = self._rows(name, start, stop).contiguous()
         if rows.dtype not in (torch.float32, torch.bfloat16, torch.int64):
             rows = rows.float()
         if start == 0:
@@ -78,13 +79,23 @@ class ModelWeights:
         return rows
 
     def origin(self, name: str) -> Any:
-        tensor = self._published[name]
+        ours, part = self._places.get(name, (name, None))
+        whole = self._tensors.known[ours]
         return {
-            "name": self._ours.get(name, name),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
+            "name": ours,
+            "dtype": str(whole.dtype).removeprefix("torch."),
+            "shape": list(whole.shape if part is None else part.shape),
             "sha256": self._hashes[name].hexdigest(),
         }
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name not in self._places:
+            return self._tensors.read(name, ((start, stop), *self._tensors.known[name].box[1:]))
+        ours, part = self._places[name]
+        box = ((part.row + start, part.row + stop), (0, part.shape[1]))
+        if part.expert is None:
+            return self._tensors.read(ours, box)
+        return self._tensors.read(ours, ((part.expert, part.expert + 1), *box))[0]
 
 
 def write_checkpoint(

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fullweight.checkpoint.catalogue import few
-from fullweight.checkpoint.export import ModelWeights, Progress, write_checkpoint
+from fullweight.checkpoint.export import ModelWeights, write_checkpoint
 from fullweight.checkpoint.folder import PartRead, PublishedFolder, shard_paths
+from fullweight.checkpoint.gather import WholeTensors
 from fullweight.checkpoint.plan import ExportFormat, Names
 from fullweight.checkpoint.published import INDEX
 from fullweight.checkpoint.slices import Slice
@@ -28,19 +29,14 @@ from fullweight.models.deepseek_v4.model import DeepSeekV4
 
 __all__ = [
     "INDEX",
-    "ExportDtype",
     "ExportFormat",
     "Slice",
     "export_checkpoint",
-    "export_tensors",
     "load_model",
     "load_slices",
     "load_weights",
     "shard_paths",
 ]
-
-ExportDtype = Literal["bfloat16", "float32"]
-
 
 # ---- export -------------------------------------------------------------------------------------------
 
@@ -62,32 +58,15 @@ def export_checkpoint(
     tokenizer's files; `receipt.json` lists every tensor. Raises CheckpointError if the folder exists and is not
     empty, or the disk refuses.
     """
-    tensors = {name: t.detach() for name, t in model.state_dict().items()}
-    return export_tensors(tensors, model.config, folder, dtype, write_tokenizer, names=names, source=source)
-
-
-def export_tensors(
-    tensors: dict[str, Tensor],
-    config: DeepSeekV4Config,
-    folder: str | Path,
-    dtype: ExportFormat = "bfloat16",
-    write_tokenizer: Callable[[Path], None] | None = None,
-    *,
-    names: Names = "published",
-    source: SourceForm | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """As `export_checkpoint`, from named tensors of a model of this config."""
     write_checkpoint(
-        ModelWeights(tensors, config),
-        config,
+        ModelWeights(WholeTensors(model.state_dict()), model.config),
+        model.config,
         folder,
         dtype,
         origin="a model in memory",
         names=names,
         source=source,
         write_more=write_tokenizer,
-        progress=progress,
     )
     return Path(folder)
 

@@ -91,7 +91,7 @@ def seal_of(kept: Path) -> str | None:
         return None
 
 
-def open_form(kept: Path, sealed: str | None) -> SourceForm:
+def open_form(kept: Path, sealed: str | None = None) -> SourceForm:
     """The form kept in `kept`, every byte of it checked. `sealed` is the digest that checkpoints repeat.
 
     Raises CheckpointError naming the file that is missing or is not what was kept.

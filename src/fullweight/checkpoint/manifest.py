@@ -52,6 +52,7 @@ class Facts(Config):
     world: dict[str, Any]  # number of ranks and size of each mesh axis
     position: dict[str, Any]  # host state that is the same on all ranks: place in the data, counters
     ledger: LedgerHead | None = None
+    source: str | None = None  # digest of the source's form that is kept with the run
     versions: dict[str, str | None]
 
     @property

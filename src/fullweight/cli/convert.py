@@ -98,26 +98,31 @@ def export_command(
     ),
     source: Annotated[
         Path | None,
-        typer.Option(help="published checkpoint (or an import of it) whose scales and form to use"),
+        typer.Option(
+            help="published checkpoint (or an import of it) whose scales and form to use; a run kept its own"
+        ),
     ] = None,
 ) -> None:
     """Write a checkpoint in another format, or back in the form in which its source was published."""
     from fullweight.checkpoint.export import FolderWeights, write_checkpoint
     from fullweight.checkpoint.folder import PublishedFolder
+    from fullweight.checkpoint.imported import open_form
     from fullweight.checkpoint.source import SOURCE, SourceForm
     from fullweight.train.run_folder import RunFolder
 
-    run = RunFolder(weights)
+    run, found = RunFolder(weights), None if source is None else SourceForm.of(source)
     if run.ledger.is_file():
         weights = run.export
+        if found is None and run.source.is_dir():
+            found = open_form(run.source)
     with PublishedFolder(weights, hashing=True) as folder, _progress("export", folder):
-        known = source is not None or folder.catalogue.is_quantised or (weights / SOURCE).is_dir()
-        if form is Exported.SOURCE and not known:
+        if found is None and (folder.catalogue.is_quantised or (weights / SOURCE).is_dir()):
+            found = SourceForm.of(weights)
+        if form is Exported.SOURCE and found is None:
             raise ConfigError(
                 f"{weights} holds plain weights and does not say how they were published; name the published "
                 "checkpoint with --source, or choose another --format"
             )
-        found = SourceForm.of(weights if source is None else source) if known else None
         receipt = write_checkpoint(
             FolderWeights(folder),
             folder.config,

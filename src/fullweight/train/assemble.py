@@ -146,7 +146,8 @@ def check_disk(run: Run) -> None:
     parameters = run.parameters
     # fp32 weights and at most two fp32 moments; one more than kept, for the new one is whole before one goes.
     needed = (run.config.checkpoint.keep + 1) * (parameters.total * 4 + parameters.trained * 8)
-    needed += parameters.total * (2 if run.config.export.dtype == "bfloat16" else 4) * run.config.export.enabled
+    if run.config.export.enabled:
+        needed += _export_bytes(run)
     existing = next(p for p in (run.folder.root, *run.folder.root.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -154,6 +155,14 @@ def check_disk(run: Run) -> None:
             f"{existing} has {free / 1e6:,.0f} MB free, this run's checkpoints and export need up to "
             f"{needed / 1e6:,.0f} MB; free some, choose another --output, or lower checkpoint.keep"
         )
+
+
+def _export_bytes(run: Run) -> int:
+    if run.config.export.format == "source" and run.imported is not None:
+        return sum(entry["bytes"] for entry in run.imported.read)
+    quantised = 1.1  # a byte a value, scales, and what stays BF16
+    sizes = {"bfloat16": 2, "float32": 4, "fp8": quantised, "fp4": quantised, "source": 4}
+    return int(run.parameters.total * sizes[run.config.export.format])
 
 
 def _training_records(config: RunConfig) -> Iterator[sources.Record]:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fullweight.checkpoint.async_save import SaveConfig
+from fullweight.checkpoint.plan import ExportFormat
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
 from fullweight.data.loader import DataConfig
@@ -128,10 +129,12 @@ class CheckpointSection(SaveConfig):
 
 
 class ExportSection(Config):
-    """Whether the final weights are written under the published names, and as what."""
+    """Whether the final weights are written under the published names, and in what form."""
 
     enabled: bool = True
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    format: ExportFormat = Field(
+        "bfloat16", description="fp4, fp8: as the releases; source: the form of model.checkpoint, scales and all"
+    )
 
 
 class RunConfig(Config):
@@ -170,6 +173,11 @@ class RunConfig(Config):
                     "model.checkpoint; remove it and set data.tokenizer to the checkpoint's folder"
                 )
             check_vocabulary(self.tokenizer.vocab_size, architecture, "tokenizer.vocab_size")
+        if self.export.format == "source" and self.model.checkpoint is None:
+            raise ValueError(
+                'export.format="source" writes the form of model.checkpoint, and this recipe names none; use '
+                "bfloat16, float32, fp8 or fp4"
+            )
         longest = architecture.max_position_embeddings
         if self.data.row_tokens > longest:
             raise ValueError(

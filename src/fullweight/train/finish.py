@@ -1,26 +1,17 @@
-"""What a finished run leaves for others: exported weights, pictures, one page, and answers before and after.
-
-The export is written from whole tensors gathered on rank 0, beside its final place and renamed. Running it
-again (a run interrupted here is resumed at its last step) replaces nothing that is already whole.
-"""
+"""What a finished run leaves for others: exported weights, pictures, one page, and answers before and after."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from rich.table import Table
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from fullweight.checkpoint import hf
-from fullweight.core.crash import crash_point
 from fullweight.report.build import build_report
 from fullweight.train.assemble import Run
 from fullweight.train.evaluate import Answer
+from fullweight.train.export import export
 from fullweight.train.progress import Reporter
 from fullweight.train.run_folder import RunFolder
 
@@ -37,27 +28,6 @@ def finish(run: Run, reporter: Reporter) -> None:
             if run.config.export.enabled:
                 reporter.say(f"weights: {run.folder.export}")
             reporter.say(f"summary: {run.folder.summary}")
-
-
-def export(run: Run) -> None:
-    """Write the final weights under the published names, with config.json and tokenizer, unless done."""
-    if not run.config.export.enabled or run.ranks.broadcast((run.folder.export / hf.INDEX).is_file()):
-        return
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = cast(dict[str, Tensor], get_model_state_dict(run.model, options=options))
-    if not run.ranks.is_main:
-        crash_point("export")
-
-    def write_tokenizer(folder: Path) -> None:
-        run.tokenizer.save(folder)
-        crash_point("export")
-
-    with run.ranks.main_first_failure():
-        if run.ranks.is_main:
-            final = run.folder.export
-            for unfinished in final.parent.glob(f".{final.name}.writing-*"):  # of a process that was killed here
-                shutil.rmtree(unfinished)
-            hf.export_tensors(tensors, run.architecture, final, run.config.export.dtype, write_tokenizer)
 
 
 def show_answers(count: int, answers: Sequence[Answer], reporter: Reporter) -> None:

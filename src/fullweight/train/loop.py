@@ -26,6 +26,7 @@ from fullweight.parallel.mesh import joined
 from fullweight.train.assemble import Run, assemble, check_disk
 from fullweight.train.config import RunConfig
 from fullweight.train.evaluate import Evaluation, answer_questions, held_out_loss, score
+from fullweight.train.export import kept_form
 from fullweight.train.finish import finish, show_answers
 from fullweight.train.guards import StopRequest
 from fullweight.train.ledger import Ledger
@@ -76,6 +77,9 @@ def resume(root: Path, console: Console | None = None, on_corrupt: OnCorrupt = O
     config = load_config(folder)
     with joined(config.train.device) as ranks, owned(folder, ranks):
         choice = choose(config, folder, on_corrupt)
+        with ranks.main_first_failure():
+            if ranks.is_main:
+                kept_form(config.export, folder, choice.generation.manifest.facts.source)
         run = assemble(config, folder, ranks, folder.tokenizer)
         run.state.restore(choice.generation)
         with ranks.main_first_failure():

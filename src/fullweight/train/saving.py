@@ -16,6 +16,7 @@ import torch
 
 from fullweight.checkpoint.async_save import Failure, Report, Saver, Stall
 from fullweight.checkpoint.generations import locked
+from fullweight.checkpoint.imported import seal_of
 from fullweight.checkpoint.manifest import Facts, LedgerHead
 from fullweight.core.errors import TrainingError
 from fullweight.parallel.mesh import Ranks
@@ -109,6 +110,7 @@ def facts(run: Run, ledger: LedgerHead | None) -> Facts:
         world={"ranks": run.ranks.size, "axes": run.ranks.layout.axes()},
         position=run.state.position(),
         ledger=ledger,
+        source=seal_of(run.folder.source) if run.ranks.is_main else None,  # rank 0 alone writes it
         versions={"fullweight": metadata.version("fullweight"), "torch": str(torch.__version__)},
     )
 

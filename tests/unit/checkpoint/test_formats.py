@@ -159,7 +159,7 @@ def test_an_untouched_model_returns_byte_for_byte(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["fp4", "base", "bfloat16", "dspark"])
 def test_an_import_returns_byte_for_byte(
-    published: Callable[[str], Path], layout: str, dtype: hf.ExportDtype, tmp_path: Path
+    published: Callable[[str], Path], layout: str, dtype: hf.ExportFormat, tmp_path: Path
 ) -> None:
     """Through a plain folder that keeps its source's form, without the source itself."""
     folder = copy(published(layout), tmp_path / "moved")
@@ -244,7 +244,7 @@ def test_fp8_under_the_sources_scales_where_the_format_stays(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_own_names(published: Callable[[str], Path], dtype: hf.ExportDtype, tmp_path: Path) -> None:
+def test_transformers_own_names(published: Callable[[str], Path], dtype: hf.ExportFormat, tmp_path: Path) -> None:
     """Under its own names transformers finds all and nothing else, and gives our logits."""
     from transformers import AutoModelForCausalLM
 

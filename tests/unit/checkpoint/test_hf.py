@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fullweight.checkpoint.hf import INDEX, ExportDtype, export_checkpoint, load_model
+from fullweight.checkpoint.hf import INDEX, ExportFormat, export_checkpoint, load_model
 from fullweight.core.errors import CheckpointError, ConfigError, FullweightError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -57,7 +57,7 @@ def _hf_model(folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_transformers_loads_an_export(tmp_path: Path, dtype: ExportDtype) -> None:
+def test_transformers_loads_an_export(tmp_path: Path, dtype: ExportFormat) -> None:
     """From the folder alone transformers gives, in fp32, the logits that we give from it (<= 1e-4)."""
     folder = export_checkpoint(_model(), tmp_path / "model", dtype)
     ours = load_model(folder).logits(DOCUMENTS)
