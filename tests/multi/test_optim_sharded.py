@@ -158,7 +158,7 @@ def refusal_of_other_dimension() -> dict[str, object]:
     model = Ragged()
     from torch.distributed.tensor import Shard
 
-    fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.shape == (16, 16) else Shard(0))
+    fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.shape == (5, 8, 10) else Shard(0))
     try:
         build_optimizers(model, {n: r for n, (_, r) in SHAPES.items()}, OptimizerConfig(learning_rate=0.1))
     except TrainingError as error:
@@ -254,8 +254,8 @@ def test_nan_on_one_rank_is_seen_by_both(ranks: list[dict]) -> None:
 
 
 def test_other_sharding_is_refused_by_name(ranks: list[dict]) -> None:
-    """Muon takes shards along dimension 0 only; the message names the parameter."""
-    assert "square is placed" in ranks[0]["refusal_of_other_dimension"]["message"]
+    """Muon takes shards along the first and last dimension; the message names the parameter."""
+    assert "gate_up is placed" in ranks[0]["refusal_of_other_dimension"]["message"]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fullweight.core.errors import TrainingError
 from fullweight.core.types import ParameterRole
 from fullweight.optim.adamw import AdamWConfig, build_adamw
 from fullweight.optim.muon import Muon, MuonConfig
+from fullweight.optim.pieces import unsupported
 
 
 class OptimizerConfig(Config):
@@ -127,13 +128,11 @@ def _check_one(name: str, parameter: Tensor, role: ParameterRole) -> None:
             f"{name} of shape {shape} is not {count} equal matrices; Muon takes matrices stacked along the "
             "leading dimensions, anything else needs the role adamw"
         )
-    if isinstance(parameter, DTensor):
-        sharded = [p for p in parameter.placements if not p.is_replicate()]
-        if len(sharded) > 1 or any(not p.is_shard(0) for p in sharded):
-            raise TrainingError(
-                f"{name} is placed {parameter.placements}; Muon takes at most one sharding mesh axis, along "
-                "dimension 0; the others must replicate"
-            )
+    if isinstance(parameter, DTensor) and unsupported(parameter):
+        raise TrainingError(
+            f"{name} is placed {parameter.placements}; Muon takes cuts of a parameter's first and last dimension "
+            "alone"
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -6,15 +6,15 @@ HNS is ten Newton-Schulz steps from X = M / ||M||_F: eight that drive the singul
 that settle them there. They all end at about 1, so O has RMS gamma and AdamW's learning rate fits.
 
 A parameter may stack many matrices (experts, groups); each is orthogonalised alone, and matrices of one shape
-are batched, also across parameters, within a bound on temporaries. On sharded parameters (DTensor, Shard(0))
-the momentum is sharded likewise. A matrix that lies whole on one rank is updated there. One that is cut gets
-one owner rank, by cost: its pieces travel there and the result travels back, in rounds of bounded size, two
-all-to-all calls each.
+are batched, also across parameters, within a bound on temporaries. On sharded parameters (DTensor) the momentum
+is sharded likewise; `pieces.py` says which rectangle of it lies on which rank. A matrix that lies whole on one
+rank is updated there. One that is cut, by rows, columns or both, gets one owner rank, by cost: its pieces travel
+there and the result travels back, in rounds of bounded size, two all-to-all calls each.
 
 A matrix without direction, all entries below `NO_SIGNAL` (an expert that no token has reached yet), gets a
 zero update; weight decay still applies. Momentum keeps moving an expert whose gradient is zero only now.
 
-Left out: QK-clip (the query and key norms make it unneeded), matrices cut along other dimensions.
+Left out: QK-clip (the query and key norms make it unneeded).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from fullweight.core.config import Config
+from fullweight.optim.pieces import Piece, Pieces, pieces_of
 
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 # Below this the smaller entries of an fp32 matrix are subnormal: its direction is rounding noise.
@@ -76,9 +76,9 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Work:
-    """This rank's rows of some matrices of one parameter; a view, so that updates land in the weights."""
+    """This rank's part of some matrices of one parameter; a view, so that updates land in the weights."""
 
-    weight: Tensor  # [k, rows, m], or [rows, m] of a cut matrix
+    weight: Tensor  # [k, n, m], or [rows, columns] of a cut matrix
     gradient: Tensor
     momentum: Tensor
     mu: float
@@ -103,11 +103,11 @@ class _Work:
 
 @dataclass(frozen=True)
 class _CutMatrix:
-    """A matrix whose rows lie on several ranks of one process group."""
+    """A matrix that lies in pieces on several ranks of one process group."""
 
     shape: tuple[int, int]
-    rows: tuple[int, ...]  # on each rank, in rank order
-    work: _Work  # this rank's rows
+    pieces: tuple[Piece, ...]  # of the matrix, on each rank in rank order; empty ones where a rank has none
+    work: _Work  # this rank's piece
 
 
 class Muon(torch.optim.Optimizer):
@@ -128,6 +128,8 @@ class Muon(torch.optim.Optimizer):
             "num_matrices": 1,
         }
         super().__init__(groups, defaults)
+        # now, for it may have to create process groups
+        self._layouts: dict[Tensor, Pieces] = {p: pieces_of(p) for g in self.param_groups for p in g["params"]}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -166,8 +168,10 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
         assert parameter.grad is not None
         columns = parameter.shape[-1]
+        layout = self._layouts[parameter]
+        here = layout.pieces[layout.rank]
         weight, gradient, momentum = (
-            _local(x).view(-1, columns) for x in (parameter, parameter.grad.contiguous(), state["momentum"])
+            _local(x).view(here.shape) for x in (parameter, parameter.grad.contiguous(), state["momentum"])
         )
         momentum.mul_(mu).add_(gradient)
         weight.mul_(1.0 - lr * group["weight_decay"])
@@ -176,19 +180,17 @@ class Muon(torch.optim.Optimizer):
         rows = parameter.numel() // columns // group["num_matrices"]
         step_size = lr * group["update_rms"] * max(rows, columns) ** 0.5
         local = _Work(weight, gradient, momentum, mu, step_size)
-        bounds, rank, process_group = _row_bounds(parameter)
-        offset = bounds[rank]
-        first, last = -(-offset // rows), bounds[rank + 1] // rows
+        first, last = here.whole_matrices(rows, columns)
         if first < last:
+            offset = here.rows[0]
             whole.append(local.part(first * rows - offset, last * rows - offset).as_matrices(rows))
-        if process_group is None:
+        if layout.group is None:
             return
-        for matrix in _cut_matrices(bounds, rows):
-            begin, end = matrix * rows, (matrix + 1) * rows
-            held = tuple(max(min(high, end) - max(low, begin), 0) for low, high in pairwise(bounds))
-            start = max(offset, begin) - offset
-            piece = local.part(start, start + held[rank])
-            cut[process_group].append(_CutMatrix((rows, columns), held, piece))
+        for matrix in layout.cut_matrices(rows, columns):
+            pieces = tuple(piece.within(matrix * rows, (matrix + 1) * rows) for piece in layout.pieces)
+            start = max(matrix * rows - here.rows[0], 0)
+            own = local.part(start, start + pieces[layout.rank].height)
+            cut[layout.group].append(_CutMatrix((rows, columns), pieces, own))
 
     def _update(self, chunk: list[_Work]) -> None:
         counts = [len(work.weight) for work in chunk]
@@ -209,21 +211,24 @@ class Muon(torch.optim.Optimizer):
         matrices = [m for batch in owned for m in batch]
         mine = owned[rank]
         to_owner = [sum(m.work.weight.numel() for m in batch) for batch in owned]
-        from_rank = [sum(m.rows[r] * m.shape[1] for m in mine) for r in range(len(owned))]
+        from_rank = [sum(m.pieces[r].size for m in mine) for r in range(len(owned))]
         sent = torch.cat([m.work.direction().flatten() for m in matrices])
         received = sent.new_empty(sum(from_rank))
         dist.all_to_all_single(received, sent, from_rank, to_owner, group=process_group)
         del sent
-        # Pieces arrive by rank, then by matrix; all of one matrix, in rank order, are its rows.
-        sizes = [m.rows[r] * m.shape[1] for r in range(len(owned)) for m in mine]
-        pieces = received.split(sizes)
+        # Pieces arrive by rank, then by matrix.
+        arrived = iter(received.split([m.pieces[r].size for r in range(len(owned)) for m in mine]))
+        gathered = [received.new_empty(m.shape) for m in mine]
+        for r in range(len(owned)):
+            for m, matrix in zip(mine, gathered, strict=True):
+                m.pieces[r].of(matrix).copy_(next(arrived).view(m.pieces[r].shape))
         results: list[Tensor] = [torch.empty(0)] * len(mine)
         for indices in _same_shape(mine):
-            stacked = torch.stack([torch.cat(pieces[i :: len(mine)]).view(mine[i].shape) for i in indices])
+            stacked = torch.stack([gathered[i] for i in indices])
             for i, result in zip(indices, newton_schulz(stacked, self.ns_dtype), strict=True):
                 results[i] = result
-        by_rank = [result.split(m.rows) for m, result in zip(mine, results, strict=True)]
-        back = [rows[r].flatten() for r in range(len(owned)) for rows in by_rank]
+        del gathered
+        back = [m.pieces[r].of(x).flatten() for r in range(len(owned)) for m, x in zip(mine, results, strict=True)]
         answer = torch.cat(back) if back else received.to(self.ns_dtype)
         returned = answer.new_empty(sum(to_owner))
         dist.all_to_all_single(returned, answer, to_owner, from_rank, group=process_group)
@@ -234,31 +239,6 @@ class Muon(torch.optim.Optimizer):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _row_bounds(parameter: Tensor) -> tuple[list[int], int, dist.ProcessGroup | None]:
-    """Bounds of every rank's rows of `parameter.view(-1, parameter.shape[-1])`, this rank, and the group."""
-    rows = parameter.numel() // parameter.shape[-1]
-    sharded = (
-        [axis for axis, p in enumerate(parameter.placements) if not p.is_replicate()]
-        if isinstance(parameter, DTensor)
-        else []
-    )
-    if not sharded:
-        return [0, rows], 0, None
-    assert isinstance(parameter, DTensor)
-    assert [p for p in parameter.placements if not p.is_replicate()] == [Shard(0)], parameter.placements
-    process_group = parameter.device_mesh.get_group(sharded[0])
-    size, slices = dist.get_world_size(process_group), parameter.shape[0]
-    # Shard(0) cuts as torch.chunk does: equal slices, the last ranks shorter or empty.
-    per_rank, per_slice = -(-slices // size), rows // slices
-    bounds = [min(r * per_rank, slices) * per_slice for r in range(size + 1)]
-    return bounds, dist.get_rank(process_group), process_group
-
-
-def _cut_matrices(bounds: list[int], rows: int) -> list[int]:
-    """Indices of the matrices of `rows` rows each that some bound falls inside of."""
-    return sorted({bound // rows for bound in bounds if bound % rows})
 
 
 def _by_shape(works: list[_Work]) -> Iterator[list[_Work]]:

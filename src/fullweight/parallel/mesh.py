@@ -62,6 +62,7 @@ class Meshes:
         if layout.tensor > 1:
             heads = view(cut=layout.shard * layout.context, tensor=layout.tensor)
             meshes = replace(meshes, tensor=heads["tensor"], heads=heads[sharding])
+            heads["cut", "tensor"]._flatten()  # the group in which Muon's pieces travel
         if layout.expert > 1:
             experts = view(cut=layout.expert_shard, expert=layout.expert)
             meshes = replace(meshes, expert=experts["expert"], experts=experts[sharding])
