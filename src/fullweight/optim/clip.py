@@ -1,8 +1,8 @@
 """Clipping by the global gradient norm, over plain tensors and sharded ones.
 
-The norm is taken in fp32 on each rank's own shards; the squares of the ranks are then gathered and added in
-rank order, not all-reduced, so that every rank holds the same bits and a rerun repeats them. A gradient that
-is not a DTensor counts once: it must be the same on every rank.
+The norm is taken in fp32 (fp64 of fp64 gradients) on each rank's own shards; the squares of the ranks are then
+gathered and added in rank order, not all-reduced, so that every rank holds the same bits and a rerun repeats them.
+A gradient that is not a DTensor counts once: it must be the same on every rank.
 
 Left out: norms other than 2, and partial (unreduced) gradients.
 """
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norms: Sequence[Tensor] | None = None) -> Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 
-    Returns the norm before scaling, an fp32 scalar. A norm that is not finite scales nothing: the caller's
+    Returns the norm before scaling, a scalar. A norm that is not finite scales nothing: the caller's
     guard decides what to do with the step. Collective when a gradient is sharded; waits for the device.
     `norms` are `local_norms` of the gradients that there are, when the caller has them.
     """
@@ -35,20 +35,24 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norms: Sequenc
 
 @torch.no_grad()
 def local_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """2-norm of this rank's part of each tensor, fp32 scalars."""
+    """2-norm of this rank's part of each tensor, scalars."""
     # Row by row first: one fp32 accumulator over millions of entries loses four digits on a CPU.
-    rows = (torch.linalg.vector_norm(_local(tensor), dim=-1, dtype=torch.float32) for tensor in tensors)
+    rows = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)) for x in map(_local, tensors))
     return [torch.linalg.vector_norm(each) for each in rows]
 
 
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> Tensor:
-    """2-norm of all the tensors together (fp32 scalar); collective over the meshes that shard them."""
+    """2-norm of all the tensors together (a scalar); collective over the meshes that shard them."""
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for tensor, norm in zip(tensors, local_norms(tensors) if norms is None else norms, strict=True):
         by_groups.setdefault(_sharding_groups(tensor), []).append(norm)
     squares = [_sum_over(torch.stack(norms).square().sum(), groups) for groups, norms in by_groups.items()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _check(
 
 
 def _check_one(name: str, parameter: Tensor, role: ParameterRole) -> None:
-    if parameter.dtype != torch.float32:
+    if parameter.dtype not in (torch.float32, torch.float64):
         raise TrainingError(f"{name} is {parameter.dtype}; master weights are float32: call model.float()")
     if role.optimizer != "muon":
         return

@@ -45,7 +45,7 @@ class MuonConfig(Config):
 
     momentum: float = Field(0.95, ge=0, lt=1)
     update_rms: float = Field(0.18, gt=0, description="gamma: RMS of the update per unit of learning rate")
-    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    ns_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
 
 
 @torch.no_grad()
@@ -114,8 +114,8 @@ class Muon(torch.optim.Optimizer):
     """The optimiser; each param group sets "num_matrices" and "weight_decay", and may set the rest.
 
     A parameter p of a group is `p.view(num_matrices, -1, p.shape[-1])`: independent matrices of equal shape.
-    State: "momentum", fp32, shaped and sharded as the parameter. `step` is collective for sharded parameters,
-    so a parameter must have a gradient on all ranks or on none.
+    State: "momentum", of the dtype of the parameter, shaped and sharded like it. `step` is collective for sharded
+    parameters, so a parameter must have a gradient on all ranks or on none.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: MuonConfig, learning_rate: float) -> None:
@@ -165,7 +165,7 @@ class Muon(torch.optim.Optimizer):
         """The elementwise part; adds what has to be orthogonalised to `whole` and `cut`."""
         state, lr, mu = self.state[parameter], group["lr"], group["momentum"]
         if not state:
-            state["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None
         columns = parameter.shape[-1]
         layout = self._layouts[parameter]

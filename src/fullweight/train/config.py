@@ -31,7 +31,7 @@ from fullweight.train.step import LossConfig
 from fullweight.train.trackers import TrackerConfig
 from fullweight.train.trainable import ALL, select
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 class ModelSection(Config):
@@ -79,7 +79,9 @@ class TrainSection(Config):
 
     num_steps: PositiveInt
     rows_per_step: PositiveInt = Field(1, description="packed rows of an optimiser step, all ranks together")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="compute; master weights are always fp32")
+    precision: Literal["bf16", "fp32", "fp64"] = Field(
+        "bf16", description="compute; master weights are fp32, in fp64 too: slow, for comparisons"
+    )
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
     ops: str = Field("auto", description="operations by name; auto takes the best for the device")

@@ -36,6 +36,8 @@ def empty_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) 
         model = DeepSeekV4(
             architecture, config.train.compute_dtype, ops=ops, indexer_loss=config.train.indexer_loss
         )
+    if config.train.compute_dtype == torch.float64:
+        model.double()
     model.dense_csa = config.train.csa_attention == "visible"
     chosen = config.train.trained_names(architecture)
     if chosen is not None:
