@@ -34,6 +34,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int | None, int]] = {
     "wo_b_row": ((1, 8), 1, 1),
     "dense": ((11, 6), None, 1),
     "experts": ((3, 4, 6), None, 6),
+    "dealt": ((6, 4, 5), 0, 12),  # by both axes, three experts on each rank of the first: two and one
 }
 
 
@@ -80,7 +81,7 @@ def piece(parameter: Tensor, whole: Tensor) -> Tensor:
     """What of the whole tensor belongs where `parameter` is sharded."""
     if not isinstance(parameter, DTensor):
         return whole
-    layout = pieces_of(parameter)
+    layout = pieces_of(parameter, 1)
     flat = whole.reshape(-1, whole.shape[-1])
     local = layout.pieces[layout.rank].of(flat).reshape(parameter.to_local().shape)
     return DTensor.from_local(

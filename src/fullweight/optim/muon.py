@@ -8,8 +8,8 @@ that settle them there. They all end at about 1, so O has RMS gamma and AdamW's 
 A parameter may stack many matrices (experts, groups); each is orthogonalised alone, and matrices of one shape
 are batched, also across parameters, within a bound on temporaries. On sharded parameters (DTensor) the momentum
 is sharded likewise; `pieces.py` says which rectangle of it lies on which rank. A matrix that lies whole on one
-rank is updated there. One that is cut, by rows, columns or both, gets one owner rank, by cost: its pieces travel
-there and the result travels back, in rounds of bounded size, two all-to-all calls each.
+rank is updated there, as every expert is. One that is cut, by rows, columns or both, gets one owner rank, by
+cost: its pieces travel there and the result travels back, in rounds of bounded size, two all-to-all calls each.
 
 A matrix without direction, all entries below `NO_SIGNAL` (an expert that no token has reached yet), gets a
 zero update; weight decay still applies. Momentum keeps moving an expert whose gradient is zero only now.
@@ -129,7 +129,9 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults)
         # now, for it may have to create process groups
-        self._layouts: dict[Tensor, Pieces] = {p: pieces_of(p) for g in self.param_groups for p in g["params"]}
+        self._layouts: dict[Tensor, Pieces] = {
+            p: pieces_of(p, g["num_matrices"]) for g in self.param_groups for p in g["params"]
+        }
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -186,7 +188,7 @@ class Muon(torch.optim.Optimizer):
             whole.append(local.part(first * rows - offset, last * rows - offset).as_matrices(rows))
         if layout.group is None:
             return
-        for matrix in layout.cut_matrices(rows, columns):
+        for matrix in layout.cut:
             pieces = tuple(piece.within(matrix * rows, (matrix + 1) * rows) for piece in layout.pieces)
             start = max(matrix * rows - here.rows[0], 0)
             own = local.part(start, start + pieces[layout.rank].height)

@@ -63,19 +63,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pieces:
-    """All ranks' pieces of one parameter, this rank's number, and the process group (None: it lies here whole)."""
+    """How a parameter that stacks matrices lies on its ranks.
 
-    pieces: tuple[Piece, ...]
+    `cut` are the indices of the matrices that no rank has whole, `group` the ranks among which those have to
+    travel (None where none has to).
+    """
+
+    pieces: tuple[Piece, ...]  # by rank
     rank: int
-    group: dist.ProcessGroup | None
-
-    def cut_matrices(self, rows: int, columns: int) -> list[int]:
-        """Indices of the stack's matrices, of so many rows and columns each, that no rank has whole."""
-        total = max(piece.rows[1] for piece in self.pieces) // rows
-        whole: set[int] = set()
-        for piece in self.pieces:
-            whole.update(range(*piece.whole_matrices(rows, columns)))
-        return [matrix for matrix in range(total) if matrix not in whole]
+    cut: tuple[int, ...] = ()
+    group: dist.ProcessGroup | None = None
 
 
 def unsupported(parameter: DTensor) -> bool:
@@ -84,12 +81,12 @@ def unsupported(parameter: DTensor) -> bool:
     return any(not p.is_replicate() and getattr(p, "dim", None) not in ends for p in parameter.placements)
 
 
-def pieces_of(parameter: Tensor) -> Pieces:
-    """How `parameter` lies on its ranks."""
-    rows, columns = parameter.numel() // parameter.shape[-1], parameter.shape[-1]
+def pieces_of(parameter: Tensor, num_matrices: int) -> Pieces:
+    """How `parameter`, a stack of so many matrices, lies on its ranks; may have to create a process group."""
+    rows, columns = parameter.numel() // parameter.shape[-1] // num_matrices, parameter.shape[-1]
     axes = cutting_axes(parameter)
     if not axes:
-        return Pieces((Piece((0, rows), (0, columns)),), 0, None)
+        return Pieces((Piece((0, rows * num_matrices), (0, columns)),), 0)
     assert isinstance(parameter, DTensor)
     assert not unsupported(parameter), parameter.placements
     mesh = parameter.device_mesh
@@ -99,7 +96,10 @@ def pieces_of(parameter: Tensor) -> Pieces:
     places = list(itertools.product(*(range(size) for size in sizes)))
     cuts = [parameter.placements[axis] for axis in axes]
     pieces = tuple(_piece(parameter.shape, cuts, sizes, place) for place in places)
-    return Pieces(pieces, places.index(tuple(coordinate[axis] for axis in axes)), cut_group(mesh, tuple(axes)))
+    whole = {m for piece in pieces for m in range(*piece.whole_matrices(rows, columns))}
+    cut = tuple(m for m in range(num_matrices) if m not in whole)
+    rank = places.index(tuple(coordinate[axis] for axis in axes))
+    return Pieces(pieces, rank, cut, cut_group(mesh, tuple(axes)) if cut else None)
 
 
 def cutting_axes(parameter: Tensor) -> list[int]:
