@@ -16,14 +16,18 @@ from torch import Tensor
 
 from fullweight.checkpoint import native
 from fullweight.checkpoint.blocks import (
+    Coded,
     Encoded,
     check_scales,
-    errors,
+    joined,
     powers_of_two,
+    row_spans,
+    row_sums,
     rule_exponents,
     same_bits,
     scale_values,
     to_bytes,
+    write_products,
 )
 from fullweight.checkpoint.published import FP4_COLUMNS
 from fullweight.core.errors import CheckpointError
@@ -42,18 +46,38 @@ def decode(packed: Tensor, scales: Tensor, out: Tensor, name: str = "tensor") ->
     codes, exponents = packed.view(torch.uint8), scales.view(torch.uint8)
     if native.can_run(out):
         inputs = (codes.contiguous(), exponents.contiguous(), _tables())
-        native.run("fp4_decode", *inputs, out=out, numbers=(out.shape[0], out.shape[1]))
+        native.decode("fp4_decode", *inputs, out=out, numbers=(out.shape[0], out.shape[1]))
     else:
-        out.copy_(decode_torch(codes, exponents))
+        decode_torch(codes, exponents, out)
     if int(exponents.max()) >= _OVERFLOW and not torch.isfinite(out).all():
         raise CheckpointError(f"{name}: a scale of 2^126 or more makes values beyond float32; the file is damaged")
 
 
-def decode_torch(packed: Tensor, scales: Tensor) -> Tensor:
-    """The definition: fp32 [rows, columns] from uint8 codes and scales."""
-    pairs = _pairs()[packed.to(torch.int32)]  # [rows, columns / 2, 2]
-    values = pairs.flatten(1)
-    return values * _expand(scale_values(scales), values.shape[1])
+def decode_torch(packed: Tensor, scales: Tensor, out: Tensor) -> None:
+    """The definition: uint8 codes and scales into `out`, which holds every product of the two exactly.
+
+    Two bytes at a time are looked up as four bf16, one as two fp32: look-ups are what torch is slow at.
+    """
+    narrow = out.dtype == torch.bfloat16
+    spans = row_spans(*out.shape)
+    rows, blocks = spans[0].stop, scales.shape[1]
+    index = torch.zeros(rows, blocks * (8 if narrow else 16), dtype=torch.int32)
+    numbers = torch.empty(index.numel(), dtype=torch.int64)
+    factors = scale_values(scales, out.dtype)
+    for span in spans:
+        count = span.stop - span.start
+        stored = _whole_blocks(packed[span])
+        places = index[:count].copy_(stored.view(torch.uint16) if narrow else stored).flatten()
+        values = torch.index_select(_numbers(narrow), 0, places, out=numbers[: len(places)]).view(out.dtype)
+        write_products(values.view(count, blocks, FP4_COLUMNS), factors[span], out[span])
+
+
+def _whole_blocks(packed: Tensor) -> Tensor:
+    """Rows padded to whole blocks, at an even address."""
+    missing = -packed.shape[1] % (FP4_COLUMNS // 2)
+    if missing:
+        return F.pad(packed, (0, missing))
+    return packed.clone() if packed.storage_offset() % 2 else packed
 
 
 def encode(values: Tensor, scales: Tensor | None = None, name: str = "tensor") -> Encoded:
@@ -62,38 +86,56 @@ def encode(values: Tensor, scales: Tensor | None = None, name: str = "tensor") -
     `scales`, the source's, are reused where they give back every bit of a block (in `values`' dtype); without
     them, and elsewhere, the rule decides. Raises CheckpointError on a value that is not finite.
     """
-    rows, columns = values.shape
-    if not torch.isfinite(values).all():
-        raise CheckpointError(f"{name} holds values that are not finite; FP4 has no code for them")
-    wide = values.float()
-    amax = _blocks(wide.abs()).amax(-1)
-    chosen = to_bytes(rule_exponents(amax, 0.75, 3))
-    keep = torch.zeros_like(chosen, dtype=torch.bool)
+    source = None
     if scales is not None:
         check_scales(name, scales)
         source = scales.view(torch.uint8)
+    found = _encode_compiled(values, source) if native.can_run(values) else encode_torch(values, source)
+    return found.finish(name, "FP4 has no code for them")
+
+
+def _encode_compiled(values: Tensor, source: Tensor | None) -> Coded:
+    rows, columns = values.shape
+    codes = torch.empty(rows, columns // 2, dtype=torch.int8)
+    scales = torch.empty(rows, -(-columns // FP4_COLUMNS), dtype=torch.uint8)
+    return native.encode("fp4_encode", values, source, codes, scales)
+
+
+def encode_torch(values: Tensor, source: Tensor | None) -> Coded:
+    """The definition; `source` are uint8 scales."""
+    spans = row_spans(*values.shape)
+    return joined([_encode_rows(values[span], None if source is None else source[span]) for span in spans])
+
+
+def _encode_rows(values: Tensor, source: Tensor | None) -> Coded:
+    rows, columns = values.shape
+    wide = values.float()
+    chosen = to_bytes(rule_exponents(_blocks(wide.abs()).amax(-1), 0.75, 3))
+    kept = torch.zeros_like(chosen, dtype=torch.bool)
+    if source is not None:
         codes = _quantise(wide, source)
-        keep = _blocks(same_bits(_dequantise(codes, source), values), fill=True).all(-1)
-        chosen = torch.where(keep, source, chosen)
-    if scales is None or not keep.all():
+        kept = _blocks(same_bits(_dequantise(codes, source), values), fill=True).all(-1)
+        chosen = torch.where(kept, source, chosen)
+    if source is None or not kept.all():
         codes = _quantise(wide, chosen)
-    found = errors(_dequantise(codes, chosen), values)
     pairs = codes.view(rows, columns // 2, 2)
     packed = (pairs[..., 0] | (pairs[..., 1] << 4)).view(torch.int8)
-    reused = int(keep.sum())
-    return Encoded(packed, chosen, reused, keep.numel() - reused, *found)
+    return Coded(packed, chosen, kept, row_sums(_dequantise(codes, chosen), values))
 
 
 def _quantise(wide: Tensor, scales: Tensor) -> Tensor:
     """Codes (uint8, one an element) under the given scales."""
     # 2^-k of scale byte e is byte 254 - e; exact, and infinities saturate below
-    scaled = wide * _expand(powers_of_two()[254 - scales.to(torch.int32)], wide.shape[1])
-    magnitude = torch.bucketize(scaled.abs(), _boundaries(), out_int32=True).to(torch.uint8)
-    return magnitude | (torch.signbit(wide).to(torch.uint8) << 3)
+    scaled = (wide * _expand(scale_values(254 - scales), wide.shape[1])).abs_()
+    codes = torch.signbit(wide).view(torch.uint8) << 3
+    for boundary in _boundaries().tolist():
+        codes += scaled > boundary
+    return codes
 
 
 def _dequantise(codes: Tensor, scales: Tensor) -> Tensor:
-    return _values()[codes.to(torch.int32)] * _expand(scale_values(scales), codes.shape[1])
+    values = _values().index_select(0, codes.to(torch.int32).flatten()).view(codes.shape)
+    return values * _expand(scale_values(scales), codes.shape[1])
 
 
 def _expand(scales: Tensor, columns: int) -> Tensor:
@@ -114,15 +156,19 @@ def _values() -> Tensor:
 
 
 @functools.cache
-def _pairs() -> Tensor:
-    """[256, 2] fp32: the two values of each byte."""
+def _numbers(narrow: bool) -> Tensor:
+    """int64: the four bf16 values of each two bytes [65536], or the two fp32 values of each byte [256]."""
     byte = torch.arange(256)
-    return torch.stack((_values()[byte & 15], _values()[byte >> 4]), 1)
+    pairs = torch.stack((_values()[byte & 15], _values()[byte >> 4]), 1)
+    if not narrow:
+        return pairs.view(torch.int64).squeeze(1)
+    low, high = pairs.expand(256, 256, 2), pairs.unsqueeze(1).expand(256, 256, 2)
+    return torch.cat((low, high), 2).to(torch.bfloat16).view(torch.int64).flatten()
 
 
 @functools.cache
 def _boundaries() -> Tensor:
-    """Ascending: the number of them below |x| is x's code. Ties go to the even code."""
+    """[7] fp32: the number of them below |x| is x's code. Ties go to the even code."""
     middles = (torch.tensor(MAGNITUDES[1:]) + torch.tensor(MAGNITUDES[:-1])) / 2
     below = torch.nextafter(middles, torch.zeros(()))
     up = torch.arange(7) % 2 == 1  # a tie between codes 2i - 1 and 2i belongs to 2i
