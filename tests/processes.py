@@ -43,8 +43,12 @@ def fullweight(
     ranks: int = 1,
     environment: dict[str, str] | None = None,
     call: str = "fullweight.cli.main:main",
+    limit_seconds: float = _LIMIT_SECONDS,
 ) -> Ended:
-    """Run `call` (a function of a list of arguments that returns an exit status) on so many ranks."""
+    """Run `call` (a function of a list of arguments that returns an exit status) on so many ranks.
+
+    What has not ended after `limit_seconds` of looking is killed.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the server, before anything starts threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -60,7 +64,7 @@ def fullweight(
             process = context.Process(target=_enter, args=(call, list(map(str, arguments)), own, str(log)))
             process.start()
             processes.append(process)
-        statuses = _join(processes)
+        statuses = _join(processes, limit_seconds)
         return Ended(statuses, "".join(log.read_text(errors="replace") for log in logs if log.exists()))
 
 
@@ -76,12 +80,12 @@ def _enter(call: str, arguments: list[str], environment: dict[str, str], log: st
     sys.exit(getattr(importlib.import_module(module), function)(arguments))
 
 
-def _join(processes: Sequence[multiprocessing.process.BaseProcess]) -> tuple[int, ...]:
+def _join(processes: Sequence[multiprocessing.process.BaseProcess], limit_seconds: float) -> tuple[int, ...]:
     """Wait for all; when one fails the others get a moment to notice, then are ended.
 
     Time is counted in looks, not by the clock: a machine that was paused must not end a healthy run.
     """
-    looks_left = int(_LIMIT_SECONDS / _LOOK_SECONDS)
+    looks_left = int(limit_seconds / _LOOK_SECONDS)
     while any(p.is_alive() for p in processes):
         if any(p.exitcode for p in processes):
             looks_left = min(looks_left, int(_GRACE_SECONDS / _LOOK_SECONDS))

@@ -1,22 +1,27 @@
-"""Keep how a tensor was made instead of the tensor.
+"""Keep how a tensor was made instead of the tensor; or keep a whole part of the model's inputs alone.
 
 Some results are cheap to make again from what autograd keeps anyway: a norm's output, a sublayer's input, the
 streams between two sublayers, attention's queries. Inside `recipes()`, `keep(function, *inputs)` runs the
 function and, wherever backward would keep its result, keeps the call instead; the first backward that needs
 the result runs it again, and all share it. An input that has a recipe itself is kept as that recipe. This
-costs a few element-wise passes and one small product a layer, and halves the activations; full activation
-checkpointing, by contrast, repeats every product.
+costs a few element-wise passes and one small product a layer, and halves the activations.
+
+`remade` is activation checkpointing, which repeats every product of a function: backward keeps its inputs and runs
+it again. Recipes are off inside, because what they kept would be kept beside the inputs.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class Recipe:
@@ -54,12 +59,13 @@ class _Book:
 
 
 _open: ContextVar[_Book | None] = ContextVar("open book of recipes", default=None)
+_off: ContextVar[bool] = ContextVar("recipes are off", default=False)
 
 
 @contextmanager
 def recipes() -> Iterator[None]:
     """Where gradients are on, let `keep` and `offer` replace what backward would keep."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _off.get():
         yield
         return
     book = _Book()
@@ -84,6 +90,35 @@ def offer(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> N
     if book is not None:
         recipe = Recipe(function, tuple(book.find(t) for t in inputs))
         book.entries[result.data_ptr()] = weakref.ref(result), recipe
+
+
+def remade(
+    function: Callable[..., Tensor], *inputs: Any, again: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Tensor:
+    """function(*inputs), which backward runs again, inside `again()`, from its inputs; must be deterministic.
+
+    Draws no random numbers. Gradients are bit for bit those of a plain call.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    result = checkpoint(
+        partial(_without_recipes, function),
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), again()),
+    )
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _without_recipes(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    off, book = _off.set(True), _open.set(None)
+    try:
+        return function(*inputs)
+    finally:
+        _open.reset(book)
+        _off.reset(off)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -57,6 +57,11 @@ class Layout:
         """Ranks that share a row, each with its own tokens (and heads, where tensor > 1)."""
         return self.context * self.tensor
 
+    @property
+    def plain(self) -> bool:
+        """Whether every rank runs all layers on whole rows: parameters are cut for storage alone."""
+        return self.dense * self.replicate == self.world and self.num_slices == self.expert == 1
+
     def stage(self, rank: int) -> int:
         """Position on the pipeline axis."""
         return rank // (self.replicate * self.dense)

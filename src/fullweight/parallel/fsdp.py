@@ -1,34 +1,48 @@
 """Fully sharded data parallelism (FSDP2): each block one unit, the rest of the model the root's.
 
+Experts that are dealt over ranks are a unit of their own inside their block: only the ranks that hold the same
+experts share them. On a mesh of two axes (HSDP) parameters are cut over the second and copied over the first.
+
 Why this way: parameters stay fp32 and are gathered in fp32, because the model itself casts where the
 mathematics allows it; a mixed-precision policy here would round the tensors that must stay fp32. Gradients
 are *summed* over ranks: the loss is already divided by the global token count, so an average would divide
 twice. The root owns every parameter outside a block (embedding, head, norms), which the model uses without
-calling a module, and is never resharded between forward and backward.
+calling a module, and is never resharded between forward and backward. Gradients travel as fp32 or, when asked,
+as bf16; micro-batches are always added up in fp32.
 
-Left out: mesh axes beyond data parallelism, mixed-precision gathering, host offload.
+Left out: mixed-precision gathering, host offload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard `model` in place over the one-dimensional `mesh`: every block a unit, the rest the root's.
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    own_mesh: Mapping[nn.Module, DeviceMesh] | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> None:
+    """Shard `model` in place over `mesh` (shards, or replicas x shards): every block a unit, the rest the root's.
 
-    All ranks must hold equal parameters. Parameters become DTensors sharded on dimension 0 (uneven shards
-    are allowed); their gradients are sums over ranks.
+    `own_mesh` names modules inside of blocks whose parameters are sharded over another mesh. All ranks must hold
+    equal parameters, or their parts of cut ones. Parameters become DTensors sharded on dimension 0 (uneven shards
+    are allowed); their gradients are sums over ranks, exchanged in `reduce_dtype` (None: as they are, fp32).
     """
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    for module, other in (own_mesh or {}).items():
+        fully_shard(module, mesh=other, mp_policy=policy)
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)

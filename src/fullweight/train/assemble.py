@@ -26,9 +26,9 @@ from fullweight.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import build_optimizers
+from fullweight.parallel.apply import parallelize
 from fullweight.parallel.config import Layout
 from fullweight.parallel.engine import Engine, PlainEngine
-from fullweight.parallel.fsdp import shard
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.config import RunConfig, check_vocabulary
 from fullweight.train.evaluate import Question
@@ -38,7 +38,7 @@ from fullweight.train.run_folder import RunFolder
 from fullweight.train.state import TrainState
 from fullweight.train.trackers import check_trackers
 from fullweight.train.trainable import ParameterCount, sharding_units
-from fullweight.train.weights import empty_model, fill
+from fullweight.train.weights import check_room_for_copy, empty_model, fill
 
 
 @dataclass
@@ -99,11 +99,13 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
     model = empty_model(config, architecture, ranks.device.type)
-    if ranks.meshes is not None:
-        shard(model, sharding_units(model), ranks.meshes.dense)
+    parallelize(model, ranks, config.parallel, sharding_units(model))
     model.to_empty(device=ranks.device)
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
+    questions = _questions(config, loader.held_out_samples(), tokenizer)
+    if questions:
+        check_room_for_copy(model, ranks)
     given = config.train.peak_flops_per_second
     guard = Guard(config.guard)
     return Run(
@@ -116,13 +118,13 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         engine=PlainEngine(partial(config.method.forward, model)),
         guard=guard,
         held_out=loader.held_out_batches(),
-        questions=_questions(config, loader.held_out_samples(), tokenizer),
+        questions=questions,
         peak=Peak(given, "given in the recipe") if given is not None else measure_peak(ranks),
         imported=imported,
     )
 
 
-_NOT_BUILT = ("pipeline", "context", "tensor", "expert")
+_NOT_BUILT = ("pipeline", "context", "tensor")
 
 
 def _check_built(layout: Layout) -> None:

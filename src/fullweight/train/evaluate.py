@@ -17,7 +17,6 @@ from fullweight.core.config import Config
 from fullweight.core.types import Batch
 from fullweight.methods import Method
 from fullweight.parallel.engine import Engine
-from fullweight.parallel.fsdp import gathered
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.step import LossConfig, global_counts, global_means
 
@@ -98,25 +97,28 @@ def held_out_loss(
 
 
 def answer_questions(
-    model: nn.Module,
+    generate: Generate | None,
     questions: Sequence[Question],
     tokenizer: Codec,
-    generate: Generate,
     *,
     batch_size: int,
     checker: Checker | None,
     ranks: Ranks,
 ) -> list[Answer]:
-    """The model's answers in the order of `questions`, on every rank. All ranks must call it together."""
-    own = list(enumerate(questions))[ranks.rank :: ranks.size]
+    """The model's answers in the order of `questions`, on every rank. All ranks must call it together.
+
+    `generate` is given on the ranks that have a model to ask (`weights.readable`).
+    """
+    able = [rank for rank, has in enumerate(ranks.gather(generate is not None)) if has]
     answers: list[tuple[int, Answer]] = []
-    with gathered(model):
+    if generate is not None:
+        own = list(enumerate(questions))[able.index(ranks.rank) :: len(able)]
         for start in range(0, len(own), batch_size):
             chunk = own[start : start + batch_size]
             replies = generate([q.prompt for _, q in chunk])
             for (index, question), ids in zip(chunk, replies, strict=True):
                 answers.append((index, _judge(question, ids, tokenizer, checker)))
-        everyone = ranks.gather(answers)
+    everyone = ranks.gather(answers)
     return [answer for _, answer in sorted((pair for part in everyone for pair in part), key=lambda p: p[0])]
 
 

@@ -25,7 +25,7 @@ from fullweight.optim.schedule import lr_factor
 from fullweight.parallel.mesh import joined
 from fullweight.train.assemble import Run, assemble, check_disk
 from fullweight.train.config import RunConfig
-from fullweight.train.evaluate import Evaluation, answer_questions, held_out_loss, score
+from fullweight.train.evaluate import Answer, Evaluation, answer_questions, held_out_loss, score
 from fullweight.train.export import kept_form
 from fullweight.train.finish import finish, show_answers
 from fullweight.train.guards import StopRequest
@@ -38,7 +38,7 @@ from fullweight.train.run_folder import RunFolder, environment, free_name, write
 from fullweight.train.saving import Saving, owned
 from fullweight.train.step import Phases, training_step
 from fullweight.train.trackers import open_trackers
-from fullweight.train.weights import keep_origin
+from fullweight.train.weights import keep_origin, readable
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ def evaluate(run: Run) -> Evaluation:
     """Held-out loss and scored answers of the model as it is; all ranks together."""
     settings, method = run.config.eval, run.config.method
     losses, total = held_out_loss(run.model, method, run.engine, run.held_out, run.config.train.loss, run.ranks)
-    replies = partial(
-        generate, run.model, max_new_tokens=settings.max_new_tokens, stop_ids=(run.tokenizer.eos_id,)
-    )
-    answers = answer_questions(
-        run.model,
-        run.questions,
-        run.tokenizer,
-        replies,
-        batch_size=settings.batch_size,
-        checker=check,
-        ranks=run.ranks,
-    )
+    answers: list[Answer] = []
+    if run.questions:
+        replies = partial(generate, max_new_tokens=settings.max_new_tokens, stop_ids=(run.tokenizer.eos_id,))
+        with readable(run.model, run.config, run.ranks) as model:
+            answers = answer_questions(
+                partial(replies, model) if model is not None else None,
+                run.questions,
+                run.tokenizer,
+                batch_size=settings.batch_size,
+                checker=check,
+                ranks=run.ranks,
+            )
     return Evaluation(losses, total, score(answers), answers)
 
 

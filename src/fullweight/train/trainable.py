@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fullweight.core.errors import ConfigError
+from fullweight.models.deepseek_v4.block import Block
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import stacks
 from fullweight.models.deepseek_v4.indexer import Indexer
@@ -89,10 +90,10 @@ def sharding_units(model: DeepSeekV4) -> list[nn.Module]:
     units: list[nn.Module] = []
     carries = model.embed.weight.requires_grad
     for block in model.layers:
-        indexers = [m for m in block.modules() if isinstance(m, Indexer)]
-        own = {id(p) for indexer in indexers for p in indexer.parameters()}
-        carries = carries or any(p.requires_grad for p in block.parameters() if id(p) not in own)
+        assert isinstance(block, Block)
+        carries = carries or any(p.requires_grad for p in block.carriers())
         if not carries:
+            indexers = [m for m in block.modules() if isinstance(m, Indexer)]
             units += [m for m in indexers if any(p.requires_grad for p in m.parameters())]
     return [*units, *model.layers, *model.mtp]
 

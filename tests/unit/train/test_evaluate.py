@@ -78,10 +78,9 @@ def test_answers_keep_their_order_end_at_eos_and_are_checked() -> None:
         return [[*(p if p != [ord("b")] else [ord("x")]), EOS, 65, 66] for p in prompts]
 
     answers = answer_questions(
-        nn.Linear(1, 1),
+        generate,
         questions,
         Characters(),
-        generate,
         batch_size=2,
         checker=lambda sample, response: sample["answer"] == response,
         ranks=ALONE,
@@ -96,7 +95,7 @@ def test_answers_keep_their_order_end_at_eos_and_are_checked() -> None:
 def test_without_a_checker_there_is_no_score() -> None:
     """Real data without an exact checker is shown, never scored."""
     answers = answer_questions(
-        nn.Linear(1, 1), [_question("a", True)], Characters(), lambda p: p, batch_size=4, checker=None, ranks=ALONE
+        lambda p: p, [_question("a", True)], Characters(), batch_size=4, checker=None, ranks=ALONE
     )
     assert answers[0].correct is None
     assert score(answers) is None

@@ -19,14 +19,20 @@ from fullweight.models.deepseek_v4.hyper_connection import (
     register_hyper_connection,
     register_hyper_head,
 )
+from fullweight.models.deepseek_v4.indexer import Indexer
 from fullweight.models.deepseek_v4.layers import Norm, Projection
 from fullweight.models.deepseek_v4.moe import MoE
-from fullweight.ops.recompute import keep, recipes
+from fullweight.ops.recompute import keep, recipes, remade
 from fullweight.ops.reference import ReferenceOperations
 
 
 class Sublayers(nn.Module):
-    """Attention and experts, each between a hyper-connection's pre and post."""
+    """Attention and experts, each between a hyper-connection's pre and post.
+
+    With `recompute` backward has the block's input alone and makes the rest again.
+    """
+
+    recompute: bool = False
 
     def __init__(
         self, config: DeepSeekV4Config, ops: ReferenceOperations, layer: int, indexer_loss: str = "none"
@@ -40,8 +46,19 @@ class Sublayers(nn.Module):
         register_hyper_connection(self, "hc_attn", config)
         register_hyper_connection(self, "hc_ffn", config)
 
+    def carriers(self) -> list[nn.Parameter]:
+        """Parameters whose gradients come through the streams: all but the indexer's, which has its own loss."""
+        indexers = [module for module in self.modules() if isinstance(module, Indexer)]
+        own = {id(p) for indexer in indexers for p in indexer.parameters()}
+        return [p for p in self.parameters() if id(p) not in own]
+
     def mix(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
         """streams [T, n, d] -> [T, n, d]."""
+        if self.recompute and isinstance(context, Context):
+            return remade(self._mix, streams, context, again=context.aux.muted)
+        return self._mix(streams, context)
+
+    def _mix(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
         with recipes():
             first = hyper_pre(self, "hc_attn", self.config, self.ops, streams)
             y = self.attn(keep(self.attn_norm, first.input), context)

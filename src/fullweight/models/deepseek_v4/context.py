@@ -7,6 +7,8 @@ the whole row and then cut to the tokens at hand (`tokens.py`), so documents tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,17 @@ class Auxiliary:
         """Each loss over the layers so far; zero where no layer has it."""
         zero = torch.zeros((), device=device)
         return {"indexer": sum(self.indexer, start=zero), "balance": sum(self.balance, start=zero)}
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Forget what is reported inside: a forward pass that is made again reported the first time."""
+        reports = (self.indexer, self.balance, self.expert_counts)
+        before = [len(report) for report in reports]
+        try:
+            yield
+        finally:
+            for report, length in zip(reports, before, strict=True):
+                del report[length:]
 
 
 @dataclass(frozen=True)

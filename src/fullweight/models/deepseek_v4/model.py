@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,19 @@ class DeepSeekV4(nn.Module):
         for block, counts in zip([*self.layers, *self.mtp], expert_counts, strict=True):
             if isinstance(block, Sublayers) and block.ffn.gate.bias_trains:
                 update_bias(block.ffn.gate.get_buffer("bias"), counts, speed)
+
+    def set_recompute(self, policy: Literal["none", "selective", "full"]) -> None:
+        """What backward makes again: nothing, the routed experts, or whole blocks.
+
+        A block whose streams carry no gradient (everything before it is frozen) keeps what little it needs. Ask
+        before blocks are given up: what is before a block decides.
+        """
+        carries = self.embed.weight.requires_grad
+        for block in (*self.layers, *self.mtp):
+            assert isinstance(block, Sublayers)
+            carries = carries or any(p.requires_grad for p in block.carriers())
+            block.recompute = policy == "full" and carries
+            block.ffn.recompute = policy == "selective"
 
     def parameter_roles(self) -> dict[str, ParameterRole]:
         """How each parameter is optimised, by name."""

@@ -8,6 +8,8 @@ sections 2.1.2 (bias, sequence-wise balance loss).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from fullweight.models.deepseek_v4.cache import DecodeContext
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
-from fullweight.ops.recompute import keep
+from fullweight.ops.recompute import keep, remade
 from fullweight.ops.reference import ReferenceOperations
 
 
@@ -51,7 +53,12 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """Routed experts stacked: gate_up [X, 2f, d] (gate rows first), down [X, d, f]."""
+    """Routed experts stacked: gate_up [X, 2f, d] (gate rows first), down [X, d, f].
+
+    Where not all experts are here, `dispatch` brings the rows to theirs and back.
+    """
+
+    dispatch: Callable[..., Tensor] | None = None
 
     def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations) -> None:
         super().__init__()
@@ -61,7 +68,12 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(count, d, f))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        return self.ops.experts(x, chosen, weights, self.gate_up, self.down, self.limit)
+        if self.dispatch is not None:
+            return self.dispatch(x, chosen, weights, self.gate_up, self.down, self._compute)
+        return self._compute(x, chosen, weights, self.gate_up, self.down)
+
+    def _compute(self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return self.ops.experts(x, chosen, weights, gate_up, down, self.limit)
 
 
 class SharedExpert(nn.Module):
@@ -82,7 +94,9 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, routed experts and the shared expert of one layer."""
+    """Router, routed experts and the shared expert of one layer; `recompute` makes the routed ones again."""
+
+    recompute: bool = False
 
     def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, hashed: bool) -> None:
         super().__init__()
@@ -98,6 +112,8 @@ class MoE(nn.Module):
             context.aux.expert_counts.append(self._count(chosen, context.valid))
             if context.with_losses and not self.gate.hashed:
                 context.aux.balance.append(balance_loss(affinity, context, self.config.num_experts_per_tok))
+        if self.recompute and isinstance(context, Context):
+            return remade(self.experts, x, chosen, weights) + self.shared_experts(x)
         return self.experts(x, chosen, weights) + self.shared_experts(x)
 
     def _count(self, chosen: Tensor, valid: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""A model made for one device becomes this rank's part of a layout: one function, one written order.
+
+1. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
+2. Recompute: which activations are made again in backward.
+3. FSDP: what is cut over other ranks than the rest has its own mesh; gradients are summed, never averaged.
+
+Optimisers come after it, for FSDP replaces the parameters. Left out: pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.models.deepseek_v4.moe import Experts
+from fullweight.models.deepseek_v4.sharding import Cut, cut_of
+from fullweight.parallel.config import ParallelConfig
+from fullweight.parallel.expert import ExpertExchange
+from fullweight.parallel.fsdp import shard
+from fullweight.parallel.mesh import Meshes, Ranks
+
+
+def parallelize(model: DeepSeekV4, ranks: Ranks, config: ParallelConfig, units: Sequence[nn.Module]) -> None:
+    """Lay `model` out over the ranks, in place; `units` are the modules that FSDP gathers one at a time.
+
+    All ranks must hold equal parameters, or parameters on the meta device.
+    """
+    model.set_recompute(config.recompute)
+    meshes = ranks.meshes
+    if meshes is None:
+        return
+    _cut(model, meshes)
+    own_mesh: dict[nn.Module, DeviceMesh] = {}
+    if meshes.expert is not None:
+        assert meshes.experts is not None
+        exchange = ExpertExchange(meshes.expert.get_group())
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.dispatch, own_mesh[module] = exchange, meshes.experts
+    reduce_dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else None
+    shard(model, units, meshes.dense, own_mesh, reduce_dtype)
+
+
+def _cut(model: nn.Module, meshes: Meshes) -> None:
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            cut = cut_of(f"{module_name}.{name}")
+            mesh = getattr(meshes, cut.axis) if cut is not None else None
+            if cut is not None and mesh is not None:
+                module.register_parameter(name, _part(parameter, cut, mesh))
+
+
+@torch.no_grad()
+def _part(parameter: nn.Parameter, cut: Cut, mesh: DeviceMesh) -> nn.Parameter:
+    local = parameter.chunk(mesh.size(), cut.dim)[mesh.get_local_rank()].clone(
+        memory_format=torch.contiguous_format
+    )
+    whole = DTensor.from_local(local, mesh, (Shard(cut.dim),), run_check=False)
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)

@@ -1,0 +1,143 @@
+"""Expert parallelism: every token's row travels to the ranks that hold its experts, and the results come back.
+
+Dropless: a rank takes whatever rows the router sends it, none included, so sizes differ at every call and are
+exchanged first. Rows are sorted by expert, which sorts them by rank, because a rank's experts are neighbours; the
+receiver needs only how many rows each source has for each of its experts. What comes back is put in the order of
+the choices and summed over a token's choices in that order, so the same layout gives the same bits.
+
+Three exchanges go out (counts, rows in the compute type, weights in fp32) and one comes back; their gradients
+travel the other way. A rank without rows takes part in all of them.
+
+Left out: capacity limits, and overlap of the exchange with the shared expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(rows [R, d], local expert of each [R, 1], weights [R, 1], gate_up, down of the local experts) -> [R, d]."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where one call's rows go. Choices are the T * K pairs of token and expert, in the router's order."""
+
+    top_k: int
+    order: Tensor  # [T * K] int64: choices sorted by expert
+    place: Tensor  # [T * K] int64: where each choice stands in that order
+    sent: list[int]  # rows to each rank
+    received: list[int]  # rows from each rank
+    experts: Tensor  # [R, 1] int64: local expert of each received row
+
+
+class ExpertExchange:
+    """Dispatch of one group of expert ranks; the model's `Experts` call it where they are cut."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size = group, dist.get_world_size(group)
+
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, compute: Compute
+    ) -> Tensor:
+        """x [T, d], chosen and weights [T, K], parameters cut along experts -> [T, d], as if they were whole."""
+        local_gate_up, local_down = _local(gate_up), _local(down)
+        plan = self.plan(chosen, local_gate_up.shape[0])
+        rows = _Exchange.apply(_Spread.apply(x, plan), plan.sent, plan.received, self.group)
+        scale = _Exchange.apply(_Sort.apply(weights.reshape(-1, 1), plan), plan.sent, plan.received, self.group)
+        result = compute(rows, plan.experts, scale, local_gate_up, local_down)
+        back = _Exchange.apply(result, plan.received, plan.sent, self.group)
+        return _Combine.apply(back, plan)
+
+    def plan(self, chosen: Tensor, num_local: int) -> Plan:
+        """Sort the choices [T, K] and tell every rank what it will get; waits for the device."""
+        flat = chosen.flatten()
+        order = torch.sort(flat, stable=True).indices
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        to_each = torch.bincount(flat, minlength=self.size * num_local).view(self.size, num_local)
+        from_each = torch.empty_like(to_each)
+        dist.all_to_all_single(from_each, to_each, group=self.group)
+        sent, received = self.sizes(to_each, from_each)
+        experts = torch.arange(num_local, device=flat.device).repeat(self.size)
+        experts = experts.repeat_interleave(from_each.flatten(), output_size=sum(received)).unsqueeze(1)
+        return Plan(chosen.shape[1], order, place, sent, received, experts)
+
+    def sizes(self, to_each: Tensor, from_each: Tensor) -> tuple[list[int], list[int]]:
+        """Rows to and from each rank, of counts [ranks, local experts]: the one place that reads values."""
+        return to_each.sum(1).tolist(), from_each.sum(1).tolist()
+
+
+class _Exchange(torch.autograd.Function):
+    """all-to-all of rows; its gradient is the exchange the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class _Spread(torch.autograd.Function):
+    """x [T, d] -> [T * K, d]: each token's row once for each of its choices, sorted by expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x.index_select(0, plan.order // plan.top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.plan), None
+
+
+class _Combine(torch.autograd.Function):
+    """[T * K, d] sorted by expert -> [T, d]: the sum over each token's choices."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return _summed(rows, plan)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        plan: Plan = ctx.plan
+        return grad.index_select(0, plan.order // plan.top_k), None
+
+
+class _Sort(torch.autograd.Function):
+    """One value for each choice, into the order by expert. A permutation, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return values.index_select(0, plan.order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.plan.place), None
+
+
+def _summed(rows: Tensor, plan: Plan) -> Tensor:
+    """Rows of all choices back in the router's order, summed over K."""
+    return rows.index_select(0, plan.place).unflatten(0, (-1, plan.top_k)).sum(1)
+
+
+def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,179 @@
+"""Training steps under a layout of ranks, on rows made to be awkward, and what came of them.
+
+`run_cases` is what each rank of a launch runs: every case, one after the other in one process group, with the
+parts that a real run has (`assemble`, `training_step`). The rows are handed to it here and not read from data,
+because data is too even: documents of one token beside documents of a whole row, documents that cross every
+boundary between slices, and as the last micro-batch a row that is almost all padding, whose tokens go to few
+experts, so that others get none on some ranks.
+
+A case is a number of ranks and recipe settings. To cover another layout, add a line to `CASES`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.processes import ROOT
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fullweight.core.config import apply_overrides, read_toml
+from fullweight.core.types import Batch, PackedLayout
+from fullweight.parallel.mesh import Ranks, joined
+from fullweight.train.assemble import Run, assemble
+from fullweight.train.config import RunConfig
+from fullweight.train.run_folder import RunFolder
+from fullweight.train.step import Phases, training_step
+
+STEPS = 10
+ROWS = 4
+SETTINGS = (
+    f"train.num_steps={STEPS}",
+    f"train.rows_per_step={ROWS}",
+    "train.precision=fp32",
+    "train.peak_flops_per_second=1e12",
+    "optimizer.muon.ns_dtype=float32",
+    "optimizer.learning_rate=3e-4",
+    "optimizer.adamw.eps=1e-5",
+    "eval.num_samples=0",
+    # few samples: the rows are made here
+    "data.sources=[{kind='synth', synth={seed=1, num_samples=40, mixture={warm-up=1}}}]",
+    "tokenizer.num_samples=40",
+    "tokenizer.vocab_size=320",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout: `ranks` and `settings` as in `--set`; `tokens` of a row; `slow` ones run in `make test-slow`."""
+
+    ranks: int
+    settings: tuple[str, ...] = ()
+    tokens: int = 256
+    slow: bool = True
+
+
+def _case(ranks: int, *, tokens: int = 256, slow: bool = True, **parallel: Any) -> Case:
+    return Case(ranks, tuple(f"parallel.{k}={json.dumps(v)}" for k, v in parallel.items()), tokens, slow)
+
+
+CASES: dict[str, Case] = {
+    "one": Case(1, slow=False),
+    "fsdp2": _case(2),
+    "fsdp4": _case(4),
+    "ep2": _case(2, expert=2),
+    "hsdp2x2": _case(4, replicate=2, slow=False),
+    "ddp4": _case(4, replicate=4),
+    "ep4": _case(4, expert=4),
+    "fsdp2-ep2": _case(4, expert=2, slow=False),
+    "hsdp2-ep2": _case(4, replicate=2, expert=2),
+    "fsdp4-ep2-recompute": _case(4, expert=2, recompute="full"),
+    "ep2-recompute-experts": _case(2, expert=2, recompute="selective"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a case came to: per step the losses, the norm and the counts; the weights before and after."""
+
+    steps: list[dict[str, Any]]
+    first: dict[str, Tensor]
+    last: dict[str, Tensor]
+
+
+def found(folder: Path, name: str) -> Found:
+    """Read back what `run_cases` wrote."""
+    return Found(**torch.load(folder / f"{name}.pt"))
+
+
+def run_cases(arguments: list[str]) -> int:
+    """On every rank: the named cases, all of this many ranks; rank 0 writes one file for each into the folder."""
+    folder, *names = arguments
+    with joined("cpu") as ranks:
+        for name in names:
+            result = _train(CASES[name], ranks)
+            if ranks.is_main:
+                torch.save(result, Path(folder) / f"{name}.pt")
+        ranks.barrier()
+    return 0
+
+
+def _train(case: Case, ranks: Ranks) -> dict[str, Any]:
+    config = recipe(case)
+    run = assemble(config, RunFolder(Path("never-written")), ranks)
+    first, steps = whole_weights(run), []
+    try:
+        for step in range(STEPS):
+            rows = awkward_rows(step, case.tokens, run.architecture.vocab_size, run.architecture.ratios)
+            result = training_step(
+                run.model,
+                config.method,
+                run.state.optimizers,
+                rows[run.ranks.data_rank :: run.ranks.data_size],
+                engine=run.engine,
+                losses=config.train.loss,
+                clip_norm=config.optimizer.clip_norm,
+                guard=run.guard,
+                ranks=run.ranks,
+                phases=Phases(run.ranks.device),
+            )
+            assert result.refusal is None
+            steps.append(
+                {
+                    "losses": result.losses,
+                    "grad_norm": result.grad_norm,
+                    "tokens": (result.num_tokens, result.num_padding, result.num_trained),
+                    "expert_counts": result.expert_counts,
+                    "without_gradient": result.without_gradient,
+                    "unseen": result.num_unseen_embeddings,
+                }
+            )
+    finally:
+        run.state.loader.close()
+    return {"steps": steps, "first": first, "last": whole_weights(run)}
+
+
+def recipe(case: Case, *more: str) -> RunConfig:
+    """The smoke recipe with a case's settings."""
+    settings = (*SETTINGS, f"data.row_tokens={case.tokens}", *case.settings, *more)
+    return RunConfig.resolve(apply_overrides(read_toml(ROOT / "recipes/tiny_smoke.toml"), settings), "layouts")
+
+
+def whole_weights(run: Run) -> dict[str, Tensor]:
+    """Every parameter and buffer of the model, whole, by name; complete on rank 0."""
+    whole = {}
+    for name, tensor in run.model.state_dict().items():
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole[name] = gathered.detach().clone()
+    every: dict[str, Tensor] = {}
+    for part in run.ranks.gather(whole):  # stages of a pipeline hold different names
+        every = {**part, **every}
+    return every
+
+
+def awkward_rows(step: int, tokens: int, vocabulary: int, ratios: tuple[int, ...]) -> list[Batch]:
+    """The step's rows of all ranks, the same wherever they are made."""
+    generator = torch.Generator().manual_seed(1000 + step)
+
+    def lengths(total: int) -> list[int]:
+        parts: list[int] = []
+        while (left := total - sum(parts)) > 0:
+            longest = left if torch.rand((), generator=generator) < 0.3 else max(left // 3, 1)
+            parts.append(int(torch.randint(1, longest + 1, (), generator=generator)))
+        return parts
+
+    packed = [[tokens], lengths(tokens), [1, 2, tokens // 2, *lengths(tokens // 4)], [2]]
+    rows = []
+    for documents in packed:
+        used = sum(documents)
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        ids[:used] = torch.randint(0, vocabulary, (used,), generator=generator)
+        mask = torch.zeros(tokens)
+        mask[:used] = (torch.rand(used, generator=generator) < 0.7).float()
+        rows.append(Batch(ids, mask, PackedLayout.build(documents, ratios, tokens)))
+    assert len(rows) == ROWS
+    return rows

@@ -1,0 +1,103 @@
+"""Ten steps under every layout of ranks are the ten steps of one rank.
+
+The reference is one rank without any sharding on the same rows (`layouts.py` says what rows). Everything is fp32,
+Newton-Schulz included: bf16 would turn a last bit into 1e-3 of an update.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tests.multi.layouts import CASES, STEPS, Found, awkward_rows, found, run_cases
+from tests.processes import fullweight
+
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.init import initialise
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.models.deepseek_v4.moe import Gate
+
+# The same fp32 numbers added in another order differ by about 6e-8 of a sum, at every step anew.
+LOSS = 1e-5
+FIRST = 1e-6  # before the weights could drift apart
+# Of the way that a tensor went in ten steps: about 2e-5 is found. A lost micro-batch, a gradient of half the ranks
+# or a wrong expert would be some tenths.
+WEIGHTS = 1e-3
+# Hyper-connections read streams that start as copies of each other, so most directions of their gradients are
+# rounding noise at first. Muon makes every direction equally long, noise too: they may go their own way.
+HYPER_CONNECTIONS = 1.0
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@cache
+def launch(folder: Path, ranks: int, slow: bool) -> None:
+    """All cases of so many ranks in one start; each leaves a file."""
+    names = [name for name, case in CASES.items() if (case.ranks, case.slow) == (ranks, slow)]
+    call = f"{run_cases.__module__}:{run_cases.__name__}"
+    ended = fullweight(folder, *names, ranks=ranks, call=call, limit_seconds=60.0 * len(names) + 60)
+    assert ended.ok, ended.output
+
+
+def result(folder: Path, name: str) -> Found:
+    launch(folder, CASES[name].ranks, CASES[name].slow)
+    return found(folder, name)
+
+
+def reference(tokens: int) -> str:
+    """The case of one rank with rows of this length."""
+    return next(n for n, case in CASES.items() if (case.ranks, case.tokens, case.settings) == (1, tokens, ()))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if case.slow else [])
+        for name, case in CASES.items()
+        if (case.ranks, case.settings) != (1, ())
+    ],
+)
+def test_a_layout_follows_one_rank(name: str, folder: Path) -> None:
+    """Losses, norms, counts of tokens and experts step by step, and the weights in the end."""
+    one, many = result(folder, reference(CASES[name].tokens)), result(folder, name)
+    assert len(one.steps) == len(many.steps) == STEPS
+    for number, (a, b) in enumerate(zip(one.steps, many.steps, strict=True)):
+        for exact in ("tokens", "without_gradient", "unseen"):
+            assert b[exact] == a[exact], (number, exact)
+        assert torch.equal(b["expert_counts"], a["expert_counts"]), f"step {number} chose other experts"
+        bound = LOSS if number else FIRST
+        assert b["losses"] == pytest.approx(a["losses"], rel=bound, abs=1e-9), number
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=bound), number
+    assert many.first.keys() == many.last.keys() == one.first.keys()
+    for key, start in one.first.items():
+        assert torch.equal(many.first[key], start), f"{key} starts elsewhere"
+        if not start.is_floating_point() or key.endswith("gate.bias"):
+            assert torch.equal(many.last[key], one.last[key]), key
+            continue
+        way = (one.last[key] - start).norm()
+        apart = (many.last[key] - one.last[key]).norm()
+        assert way > 0, f"{key} did not train"
+        assert apart <= way * (HYPER_CONNECTIONS if "hc_" in key else WEIGHTS), (key, (apart / way).item())
+
+
+def test_the_rows_are_awkward() -> None:
+    """One document crosses every boundary, one row is nearly all padding, and there some experts get nothing."""
+    config = DeepSeekV4Config.preset("tiny")
+    model, chosen = initialise(DeepSeekV4(config)), []
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.register_forward_hook(lambda _module, _inputs, found: chosen.append(found[1]))
+    for step in range(STEPS):
+        rows = awkward_rows(step, 256, config.vocab_size, config.ratios)
+        assert rows[0].layout.document_lengths == (256,)
+        assert min(rows[2].layout.document_lengths) == 1
+        assert rows[3].layout.num_padding == 254
+        chosen.clear()
+        with torch.no_grad():
+            model(rows[3])
+        assert all(len(experts.unique()) < config.n_routed_experts for experts in chosen)
