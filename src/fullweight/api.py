@@ -8,6 +8,7 @@ torch.Size([3, 512])
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fullweight.checkpoint.hf import load_model
-from fullweight.core.errors import ConfigError
+from fullweight.core.errors import ConfigError, DataError
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -35,8 +36,11 @@ class LoadedModel:
         return self.model.config
 
     def logits(self, documents: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Next-token logits [length, vocabulary] (fp32) for each document of token ids, each as if alone."""
-        return self.model.logits(documents)
+        """Next-token logits [length, vocabulary] (fp32) for each document of token ids, each as if alone.
+
+        Raises DataError on no document, an empty one, and what is no token id of this model.
+        """
+        return self.model.logits(_token_ids(documents, "documents"))
 
     def generate(
         self,
@@ -48,11 +52,25 @@ class LoadedModel:
         stop_ids: Sequence[int] | None = None,
         seed: int = 0,
     ) -> list[list[int]]:
-        """New token ids for each prompt; stops at the end-of-sentence token unless told otherwise."""
+        """New token ids for each prompt; stops at the end-of-sentence token unless told otherwise.
+
+        temperature 0 takes the likeliest token; otherwise tokens are drawn, by `seed`, from the smallest set that
+        holds probability `top_p`. Raises DataError on prompts as `logits` does, ConfigError on a setting out of
+        range: a prompt and its new tokens must fit the model's max_position_embeddings.
+        """
         stops = [self.config.eos_token_id] if stop_ids is None else stop_ids
+        ids = _token_ids(prompts, "prompts")
+        _check_whole("max_new_tokens", max_new_tokens)
+        _check_whole("seed", seed)
+        longest, room = max((len(p) for p in ids), default=0), self.config.max_position_embeddings
+        if longest + max_new_tokens > room:
+            raise ConfigError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's "
+                f"max_position_embeddings ({room}); ask for at most {max(room - longest, 0)} new tokens"
+            )
         return generate(
             self.model,
-            prompts,
+            ids,
             max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -70,3 +88,16 @@ def load(folder: str | Path, dtype: Literal["float32", "bfloat16"] = "float32") 
     if dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; use {' or '.join(map(repr, _DTYPES))}")
     return LoadedModel(load_model(folder, _DTYPES[dtype]))
+
+
+def _token_ids(documents: Sequence[Sequence[int]], what: str) -> list[list[int]]:
+    """Lists of ints from any sequences of whole numbers (NumPy's and torch's too)."""
+    try:
+        return [[operator.index(token) for token in document] for document in documents]
+    except TypeError as error:
+        raise DataError(f"{what} must be lists of token ids, such as [[1, 2, 3]]: {error}") from None
+
+
+def _check_whole(name: str, value: int) -> None:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ConfigError(f"{name} must be a whole number from 0 up, found {value!r}")

@@ -95,9 +95,32 @@ def test_user_mistakes_are_one_kind_of_error(folder: Path, tmp_path: Path) -> No
         lambda: model.generate([[]]),
         lambda: model.logits([[512]]),
         lambda: fullweight.load(folder, dtype="fp16"),  # type: ignore[arg-type]
+        lambda: fullweight.load(folder / "config.json"),
+        lambda: model.logits([]),
+        lambda: model.logits([[1], []]),
+        lambda: model.logits([1, 2, 3]),  # type: ignore[list-item]
+        lambda: model.logits(["ab"]),  # type: ignore[list-item]
+        lambda: model.logits([[1.5]]),  # type: ignore[list-item]
+        lambda: model.logits([[None]]),  # type: ignore[list-item]
+        lambda: model.logits(3),  # type: ignore[arg-type]
+        lambda: model.logits([[-1]]),
+        lambda: model.logits([[2**70]]),
+        lambda: model.generate([]),
+        lambda: model.generate([[512]]),
+        lambda: model.generate([["a"]]),  # type: ignore[list-item]
+        lambda: model.generate([[1]], max_new_tokens=-1),
+        lambda: model.generate([[1]], max_new_tokens=1.5),  # type: ignore[arg-type]
+        lambda: model.generate([[1]], max_new_tokens=2**20),
+        lambda: model.generate([[1]], temperature=-1.0),
+        lambda: model.generate([[1]], temperature=float("nan")),
+        lambda: model.generate([[1]], top_p=0.0),
+        lambda: model.generate([[1]], top_p=float("nan")),
+        lambda: model.generate([[1]], seed=-1),
+        lambda: model.generate([[1]], seed=2**64),
     ):
         with pytest.raises(FullweightError):
             mistake()
+    assert model.generate([torch.tensor([1, 2])], max_new_tokens=0) == [[]]  # type: ignore[list-item]
     assert issubclass(FullweightError, ValueError)
 
 

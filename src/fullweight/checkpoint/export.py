@@ -120,9 +120,7 @@ def write_checkpoint(
     source is of another model, or the disk refuses; nothing stays behind then.
     """
     place = Path(place)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        found = "not empty" if place.is_dir() else "a file"
-        raise CheckpointError(f"{place} is {found}; name a new folder for the export")
+    check_place(place)
     plan = make_plan(config, form, names, source)
     receipt = Receipt(operation, form, names, origin, left_out=plan.left_out)
     receipt.scales_from = None if source is None else str(source.path)
@@ -149,6 +147,16 @@ def write_checkpoint(
             receipt.read = _read_entries(weights.folder, receipt)
         receipt.write(staging / RECEIPT)
     return receipt
+
+
+def check_place(place: Path) -> None:
+    """Raise CheckpointError when `place` cannot become a new checkpoint folder."""
+    try:
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            found = "not empty" if place.is_dir() else "a file"
+            raise CheckpointError(f"{place} is {found}; name a new folder for the checkpoint")
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be used: {error.strerror}; name another folder") from None
 
 
 @contextmanager

@@ -8,7 +8,6 @@ announces DSpark are draft blocks: they are checked like the others and kept asi
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from fullweight.checkpoint.published import (
 )
 from fullweight.checkpoint.shards import ShardReader, as_bytes
 from fullweight.core.errors import CheckpointError
+from fullweight.core.strict_json import parse_json
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 
 UNFINISHED = re.compile(r"\..+\.writing-\d+")
@@ -200,7 +200,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
     if not index.exists():
         return None
     try:
-        found = {str(k): str(v) for k, v in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+        found = {str(k): str(v) for k, v in parse_json(index.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a checkpoint index: {error}") from None
     foreign = sorted({name for name in found.values() if Path(name).name != name})

@@ -23,6 +23,7 @@ from fullweight.checkpoint.published import INDEX
 from fullweight.checkpoint.slices import Slice
 from fullweight.checkpoint.source import SourceForm
 from fullweight.core.errors import CheckpointError
+from fullweight.core.machine import require_memory
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import Part, stacks
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -84,11 +85,19 @@ def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32, *
     if not Path(folder).is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}")
     config = DeepSeekV4Config.from_file(folder)
+    check_room(config, str(folder))
     with torch.device("meta"):
         model = DeepSeekV4(config, compute_dtype, **options)
     model.to_empty(device="cpu")
     load_weights(model, folder)
     return model
+
+
+def check_room(config: DeepSeekV4Config, what: str) -> None:
+    """Raise ConfigError when this machine's memory cannot hold the fp32 weights of a model."""
+    count = config.num_parameters(mtp=True)
+    fix = "load it on a larger machine, or train it on several"
+    require_memory(4 * count, f"{what}: a model of {count:,} parameters in float32", fix)
 
 
 def load_weights(model: DeepSeekV4, folder: str | Path, *, hashing: bool = False) -> list[PartRead]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fullweight.cli.session import Sampling, open_session
+from fullweight.core.errors import DataError
 
 
 def chat_command(
@@ -28,6 +29,8 @@ def chat_command(
             asked = input("you: ").strip()
         except EOFError:
             asked = ""
+        except UnicodeDecodeError:
+            raise DataError("what was typed is not UTF-8; set the terminal or the file to UTF-8") from None
         if not asked:
             return
         messages.append({"role": "user", "content": asked})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.bars import byte_bar
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def synthesise_command(
 
     architecture = DeepSeekV4Config.from_file(config)
     found = totals(architecture, LAYOUTS[layout.value])
-    with _bar("synthesise", found.payload_bytes) as advance:
+    with byte_bar("synthesise", found.payload_bytes) as advance:
         write_synthetic(architecture, out, layout.value, seed, advance)
     typer.echo(f"{out}: {found.tensors:,} tensors, {found.payload_bytes:,} bytes, seed {seed}")
 
@@ -207,22 +208,9 @@ def _storage_rows(opened: PublishedFolder) -> Iterator[tuple[str, str, str, str]
 @contextmanager
 def _progress(what: str, folder: PublishedFolder) -> Iterator[None]:
     """A bar of the bytes read from a folder."""
-    with _bar(what, sum(entry.num_bytes for entry in folder.catalogue.entries.values())) as advance:
+    with byte_bar(what, sum(entry.num_bytes for entry in folder.catalogue.entries.values())) as advance:
         folder.on_read = advance
         yield
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar of bytes on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda _name, count: bar.advance(task, count)
 
 
 def _copy_tokenizer(origin: Path) -> Callable[[Path], None]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fullweight.cli.session import Sampling, open_session
+from fullweight.cli.session import MAX_SEED, Sampling, open_session
 from fullweight.core.errors import DataError
 
 
@@ -20,7 +20,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
 ) -> None:
     """Print what the model answers to one prompt."""
     if not prompt.strip():

@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from fullweight.cli.bars import byte_bar
+from fullweight.cli.session import MAX_SEED
+
 
 class Dtype(StrEnum):
     """What matrices are stored in."""
@@ -20,16 +23,16 @@ def init_command(
     *,
     config: Annotated[Path, typer.Option(help="config.json of a DeepSeek-V4 model, published form")],
     out: Annotated[Path, typer.Option(help="new or empty folder for the checkpoint")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.BFLOAT16,
 ) -> None:
-    """Write a checkpoint with fresh weights under the published names."""
-    from fullweight.checkpoint.hf import export_checkpoint
+    """Write a checkpoint with fresh weights under the published names, in the memory of a few of its rows."""
+    from fullweight.checkpoint.export import check_place
+    from fullweight.checkpoint.fresh import payload_bytes, write_fresh
     from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-    from fullweight.models.deepseek_v4.init import initialise
-    from fullweight.models.deepseek_v4.model import DeepSeekV4
 
     architecture = DeepSeekV4Config.from_file(config)
-    model = initialise(DeepSeekV4(architecture), seed)
-    export_checkpoint(model, out, dtype.value)
+    check_place(out)
+    with byte_bar("init", payload_bytes(architecture, out, dtype.value)) as advance:
+        write_fresh(architecture, out, dtype.value, seed, advance)
     typer.echo(f"{architecture.num_parameters(mtp=True):,} parameters (seed {seed}, {dtype.value}) in {out}")

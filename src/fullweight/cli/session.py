@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fullweight.data.render import EncodingOptions
     from fullweight.data.tokenizer import Tokenizer
 
+MAX_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -71,21 +73,32 @@ def open_session(folder: Path) -> Session:
     if run.ledger.is_file():
         options = load_config(run).data.encoding
         if run.export.is_dir():
-            return Session(load(run.export), load_tokenizer(run.export), options)
-        return Session(_from_checkpoint(run), load_tokenizer(run.tokenizer), options)
+            return _session(load(run.export), load_tokenizer(run.export), options)
+        return _session(_from_checkpoint(run), load_tokenizer(run.tokenizer), options)
     if not folder.is_dir():
-        raise CheckpointError(f"no folder at {folder}; give a run folder or a checkpoint folder")
-    return Session(load(folder), load_tokenizer(folder), EncodingOptions())
+        found = "is a file" if folder.is_file() else "does not exist"
+        raise CheckpointError(f"{folder} {found}; give a run folder or a checkpoint folder")
+    return _session(load(folder), load_tokenizer(folder), EncodingOptions())
+
+
+def _session(model: LoadedModel, tokenizer: Tokenizer, options: EncodingOptions) -> Session:
+    from fullweight.train.config import check_vocabulary
+
+    check_vocabulary(tokenizer.vocab_size, model.config, "the tokenizer's vocabulary")
+    return Session(model, tokenizer, options)
 
 
 def _from_checkpoint(run: Any) -> LoadedModel:
     from fullweight.api import LoadedModel
     from fullweight.checkpoint.generations import newest
+    from fullweight.checkpoint.hf import check_room
     from fullweight.checkpoint.manifest import verify
     from fullweight.models.deepseek_v4.config import DeepSeekV4Config
     from fullweight.models.deepseek_v4.model import DeepSeekV4
     from fullweight.train.state import load_weights
 
-    model = DeepSeekV4(DeepSeekV4Config.from_file(run.model))
+    architecture = DeepSeekV4Config.from_file(run.model)
+    check_room(architecture, str(run.root))
+    model = DeepSeekV4(architecture)
     load_weights(model, verify(newest(run.checkpoints)))
     return LoadedModel(model)

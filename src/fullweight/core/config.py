@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fullweight.core.errors import ConfigError
 
+_SHOWN_CHARACTERS, _SHOWN_LINES = 200, 12
+
 
 class Config(BaseModel):
     """Base of every configuration: immutable, no unknown keys, validated defaults."""
@@ -52,6 +54,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a .toml file") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}") from None
+    except ValueError:  # what is left is int(), which refuses more than 4300 digits
+        raise ConfigError(f"{path} cannot be read: a number has too many digits") from None
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read: its values are nested too deeply") from None
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -60,7 +66,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     >>> apply_overrides({"a": {"b": 1}}, ["a.b=2", "a.c=[1, 2]", "d=text"])
     {'a': {'b': 2, 'c': [1, 2]}, 'd': 'text'}
     """
-    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    except RecursionError:
+        raise ConfigError("the recipe's sections are nested too deeply") from None
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
@@ -78,7 +87,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 def _toml_value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or a value that nothing could hold
         return text
     return parsed["value"] if len(parsed) == 1 else text  # several lines are a string, not more keys
 
@@ -109,8 +118,12 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str:
     lines = []
-    for item in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    for item in errors:
         location, kind = item["loc"], item["type"]
+        inside = any(len(e["loc"]) > len(location) and e["loc"][: len(location)] == location for e in errors)
+        if kind == "too_short" and inside:
+            continue  # a tuple is only short because of an item that is told on its own
         where = ".".join(str(p) for p in location)
         if kind == "extra_forbidden":
             hint = nearest(str(location[-1]), _fields_at(model, location[:-1]))
@@ -119,6 +132,13 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
             lines.append(f"{where} is required and has no default")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+            found = "" if isinstance(item["input"], dict) else f" (found {_short(item['input'])})"
             lines.append(f"{where}: {message}{found}" if where else f"{message}{found}")
+    if len(lines) > _SHOWN_LINES:
+        lines[_SHOWN_LINES:] = [f"and {len(lines) - _SHOWN_LINES} more"]
     return f"{source}: " + "\n  ".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

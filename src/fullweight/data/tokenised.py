@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from itertools import islice
@@ -101,6 +101,23 @@ class SourceCounts:
     also_held_out: int = 0
     train: SplitCounts = field(default_factory=SplitCounts)
     held_out: SplitCounts = field(default_factory=SplitCounts)
+
+
+def told_counts(counts: Sequence[SourceCounts]) -> list[str]:
+    """A line for each source of which samples were cut or left out, for a person."""
+    lines = []
+    for count in counts:
+        sides = (count.train, count.held_out)
+        found = {
+            "truncated": sum(s.truncated for s in sides),
+            "dropped as too long": sum(s.dropped_too_long for s in sides),
+            "dropped without a trained token": sum(s.dropped_untrained for s in sides),
+        }
+        if any(found.values()):
+            kept = sum(s.samples for s in sides)
+            parts = ", ".join(f"{number:,} {what}" for what, number in found.items() if number)
+            lines.append(f"note: {count.name}: {kept:,} samples kept, {parts}")
+    return lines
 
 
 @dataclass(frozen=True)

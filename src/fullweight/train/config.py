@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fullweight.checkpoint.async_save import SaveConfig
 from fullweight.checkpoint.plan import ExportFormat
@@ -82,7 +82,7 @@ class TrainSection(Config):
     precision: Literal["bf16", "fp32", "fp64"] = Field(
         "bf16", description="compute; master weights are fp32, in fp64 too: slow, for comparisons"
     )
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: DeviceName = "auto"
     ops: str = Field("auto", description="operations by name; auto takes the best for the device")
     trainable: tuple[str, ...] = Field(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from fullweight.report.build import build_report
 from fullweight.train.assemble import Run
@@ -39,7 +40,7 @@ def show_answers(count: int, answers: Sequence[Answer], reporter: Reporter) -> N
         table.add_column(title, overflow="fold")
     for answer in answers[:count]:
         table.add_row(
-            _short(answer.question), _short(answer.response), answer.expected or "", _mark(answer.correct)
+            _short(answer.question), _short(answer.response), _short(answer.expected or ""), _mark(answer.correct)
         )
     reporter.say(table)
 
@@ -59,7 +60,7 @@ def _show_before_after(folder: RunFolder, count: int, reporter: Reporter) -> Non
             _short(new.question),
             _short(old.response),
             _short(new.response),
-            new.expected or "",
+            _short(new.expected or ""),
             _mark(new.correct),
         )
     reporter.say(table)
@@ -76,9 +77,10 @@ def read_samples(folder: Path, step: int) -> list[Answer]:
     return [Answer(**value) for value in values]
 
 
-def _short(text: str) -> str:
+def _short(text: str) -> Text:
+    """The end of a text as it is: brackets in it are no markup, and control characters are shown, not obeyed."""
     flat = text if len(text) <= _SHOWN_CHARACTERS else "…" + text[-_SHOWN_CHARACTERS:]
-    return flat.replace("[", "\\[")
+    return Text("".join(c if c.isprintable() or c in "\n\t" else "�" for c in flat))
 
 
 def _mark(correct: bool | None) -> str:

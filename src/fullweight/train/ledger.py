@@ -20,6 +20,7 @@ from typing import Any
 
 from fullweight.checkpoint.manifest import LedgerHead
 from fullweight.core.errors import CheckpointError
+from fullweight.core.strict_json import parse_json
 
 
 class Ledger:
@@ -100,7 +101,9 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         raise CheckpointError(f"no ledger at {path}: not a run folder") from None
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or "kind" not in entry:
+                raise ValueError("no line of a ledger")
         except ValueError:
             raise CheckpointError(f"{path}:{number}: damaged line {line[:60]!r}") from None
         yield line, entry

@@ -7,7 +7,6 @@ written. Under torchrun every rank runs this function; rank 0 alone prints and w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,9 @@ from rich.console import Console
 
 from fullweight.checkpoint.generations import Choice, OnCorrupt
 from fullweight.core.errors import ConfigError
+from fullweight.core.strict_json import parse_json
 from fullweight.data.synth import check
+from fullweight.data.tokenised import told_counts
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.optim.groups import set_learning_rate
 from fullweight.optim.schedule import lr_factor
@@ -37,7 +38,7 @@ from fullweight.train.resuming import choose, described, settle, told
 from fullweight.train.run_folder import RunFolder, environment, free_name, write_json
 from fullweight.train.saving import Saving, owned
 from fullweight.train.step import Phases, training_step
-from fullweight.train.trackers import open_trackers
+from fullweight.train.trackers import Trackers
 from fullweight.train.weights import keep_origin, readable
 
 
@@ -91,9 +92,11 @@ def load_config(folder: RunFolder) -> RunConfig:
     """The resolved configuration of a run folder; raises ConfigError when it is none."""
     folder.require()
     try:
-        values = json.loads(folder.config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = parse_json(folder.config.read_bytes())
+    except ValueError as error:
         raise ConfigError(f"{folder.config} is damaged: {error}") from None
+    if isinstance(values, dict) and "model_type" in values:
+        raise ConfigError(f"{folder.root} is a checkpoint folder, not a run folder; give the folder of a run")
     return RunConfig.resolve(values, str(folder.config))
 
 
@@ -127,11 +130,10 @@ def _write_head(run: Run) -> None:
 
 def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], None]) -> Outcome:
     main = run.ranks.is_main
-    trackers = (
-        open_trackers(run.config.trackers, run.folder.root, run.config.model_dump(mode="json")) if main else []
-    )
-    ledger = Ledger(run.folder.ledger) if main else None
-    records = Records(ledger, trackers, Reporter(console if main else None))
+    reporter = Reporter(console if main else None)
+    values = run.config.model_dump(mode="json")
+    trackers = Trackers(run.config.trackers, run.folder.root, values, reporter.say) if main else None
+    records = Records(Ledger(run.folder.ledger) if main else None, trackers, reporter)
     saving = Saving(run, records)
     try:
         with StopRequest().listening() as stop:
@@ -150,20 +152,26 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
 
 
 def _start(run: Run, records: Records) -> None:
-    found = {"peak": asdict(run.peak), "parameters": asdict(run.parameters)}
-    records.write("event", 0, {"what": "start", **found})
+    records.write("event", 0, {"what": "start", **_described(run)})
     records.reporter.say(
-        f"[bold]{run.config.name}[/bold]: {run.parameters}, {run.ranks.size} rank(s), "
+        f"{run.config.name}: {run.parameters}, {run.ranks.size} rank(s), "
         f"{run.config.train.precision}, into {run.folder.root}"
     )
+    for line in told_counts(run.state.loader.prepared.counts):
+        records.reporter.say(line)
     _evaluate_and_record(run, records)
+
+
+def _described(run: Run) -> dict[str, Any]:
+    """What an event at a start or resume keeps of the run: peak, parameters, and what became of each source."""
+    counts = [asdict(count) for count in run.state.loader.prepared.counts]
+    return {"peak": asdict(run.peak), "parameters": asdict(run.parameters), "data": counts}
 
 
 def _continue(run: Run, records: Records, choice: Choice, dropped: int) -> None:
     step, say = run.state.step, records.reporter.say
-    found = {"peak": asdict(run.peak), "parameters": asdict(run.parameters)}
     origin = described(run.config, choice, dropped)
-    records.write("event", step, {"what": "resume", **origin, **found})
+    records.write("event", step, {"what": "resume", **origin, **_described(run)})
     say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}, {run.parameters}")
     for line in told(origin):
         say(line)

@@ -26,7 +26,8 @@ class Reporter:
     def say(self, *renderables: Any) -> None:
         """Print above the bar."""
         if self.console is not None:
-            self.console.print(*renderables)
+            # markup off: a folder's name or an answer with brackets is text, not style
+            self.console.print(*renderables, markup=False)
 
     @contextmanager
     def steps(self, first: int, total: int) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import Any
 from fullweight.checkpoint.manifest import LedgerHead
 from fullweight.train.ledger import Ledger
 from fullweight.train.progress import Reporter
-from fullweight.train.trackers import Tracker, flatten
+from fullweight.train.trackers import Trackers, flatten
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Records:
     """Where rank 0 writes numbers; other ranks hold none of it."""
 
     ledger: Ledger | None
-    trackers: list[Tracker]
+    trackers: Trackers | None
     reporter: Reporter
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -24,8 +24,8 @@ class Records:
         if self.ledger is None:
             return
         self.ledger.append(kind, step, values)
-        for tracker in self.trackers:
-            tracker.log(step, flatten(values, "" if kind == "step" else f"{kind}/"))
+        if self.trackers is not None:
+            self.trackers.log(step, flatten(values, "" if kind == "step" else f"{kind}/"))
 
     def head(self) -> LedgerHead | None:
         """The ledger so far, on disk; None on other ranks."""
@@ -34,5 +34,5 @@ class Records:
     def close(self) -> None:
         if self.ledger is not None:
             self.ledger.close()
-        for tracker in self.trackers:
-            tracker.close()
+        if self.trackers is not None:
+            self.trackers.close()

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from importlib import metadata
 
 import torch
+from rich.text import Text
 
 from fullweight.checkpoint.async_save import Failure, Report, Saver, Stall
 from fullweight.checkpoint.generations import locked
@@ -81,7 +82,8 @@ class Saving:
             values = {"saving": report.step, "attempt": report.attempt, "reason": report.reason}
             self.records.write("event", step, {"what": "checkpoint_failed", **values})
             limit = self.run.config.checkpoint.max_failures
-            say(f"[bold red]checkpoint failed[/] (attempt {report.attempt} of {limit}): {_plain(report.reason)}")
+            failed = Text("checkpoint failed", "bold red")
+            say(failed.append(f" (attempt {report.attempt} of {limit}): {report.reason}", "not bold default"))
             return
         generation = report.path.name
         values = {
@@ -123,7 +125,3 @@ def owned(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
             if ranks.is_main:
                 held.enter_context(locked(folder.checkpoints))
         yield
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -36,10 +37,10 @@ class LossConfig(Config):
     factor only sets how the indexer shares in the clipped global norm.
     """
 
-    mtp: float = 0.3
-    indexer: float = 1.0
-    balance: float = 1e-4
-    router_bias_speed: float = 1e-3
+    mtp: float = Field(0.3, ge=0)
+    indexer: float = Field(1.0, ge=0)
+    balance: float = Field(1e-4, ge=0)
+    router_bias_speed: float = Field(1e-3, ge=0)
 
     def coefficient(self, component: str) -> float:
         """Factor of a loss component in the total; 1 for a method's main loss."""

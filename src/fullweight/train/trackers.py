@@ -1,7 +1,8 @@
 """Optional trackers beside the ledger: TensorBoard, Weights & Biases, MLflow.
 
 Each takes the same flat numbers; the ledger stays the record. The library is looked for before any work
-starts, so that a missing one is a message and not a failed run.
+starts, so that a missing one is a message and not a failed run. One that fails later (a network, a full disk,
+a server that answers nonsense) is told once and left out from then on: it is not worth a run.
 """
 
 from __future__ import annotations
@@ -91,9 +92,41 @@ def check_trackers(config: TrackerConfig) -> None:
             )
 
 
-def open_trackers(config: TrackerConfig, folder: Path, run_config: dict[str, Any]) -> list[Tracker]:
-    """Start the chosen trackers for the run in `folder`."""
-    return [_TRACKERS[name](folder, config.project, run_config) for name in config.names]
+class Trackers:
+    """The chosen trackers of a run. `say` is told, once for each, of one that failed and is left out."""
+
+    def __init__(
+        self, config: TrackerConfig, folder: Path, run_config: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self._say = say
+        self._running: dict[str, Tracker] = {}
+        for name in config.names:
+            self._guarded(name, lambda n: self._start(n, folder, config.project, run_config))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Hand numbers to every tracker that still works."""
+        for name in list(self._running):
+            self._guarded(name, lambda n: self._running[n].log(step, values))
+
+    def close(self) -> None:
+        """Let every tracker that still works finish."""
+        for name in list(self._running):
+            self._guarded(name, lambda n: self._running[n].close())
+        self._running.clear()
+
+    def _start(self, name: str, folder: Path, project: str, run_config: dict[str, Any]) -> None:
+        self._running[name] = _TRACKERS[name](folder, project, run_config)
+
+    def _guarded(self, name: str, work: Callable[[str], None]) -> None:
+        try:
+            work(name)
+        except Exception as error:  # whatever a foreign library raises; its own classes share no root
+            self._running.pop(name, None)
+            reason = str(error).splitlines()[0] if str(error) else "no reason given"
+            self._say(
+                f"warning: the tracker {name} failed and gets no more numbers ({type(error).__name__}: {reason}); "
+                "training goes on and the ledger has them all"
+            )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

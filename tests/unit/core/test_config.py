@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from fullweight.core.config import Config, apply_overrides, nearest, read_toml
 from fullweight.core.errors import ConfigError, FullweightError
@@ -142,6 +142,36 @@ def test_unreadable_files(tmp_path: Path) -> None:
     for path, message in cases:
         with pytest.raises(ConfigError, match=message):
             read_toml(path)
+
+
+def test_what_no_stack_holds_is_refused(tmp_path: Path) -> None:
+    """Nesting beyond the interpreter's stack and endless numbers are mistakes too, in a file and in --set."""
+    path = tmp_path / "a.toml"
+    for text in ("a = " + "[" * 5000, ".".join(["a"] * 2000) + " = 1", "a = " + "9" * 5000):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"nested too deeply|too many digits"):
+            apply_overrides(read_toml(path), [])
+    assert apply_overrides({}, ["a=" + "[" * 5000]) == {"a": "[" * 5000}
+
+
+def test_a_wrong_item_is_told_once_and_long_lists_are_cut() -> None:
+    """Not also as a list that is too short; and a file of something else does not fill the screen."""
+
+    class Item(Config):
+        size: int
+
+    class Holder(Config):
+        items: tuple[Item, ...] = Field(min_length=1)
+
+    with pytest.raises(ConfigError) as caught:
+        Holder.resolve({"items": [{"size": "x" * 1000}]})
+    assert "too short" not in str(caught.value)
+    assert "at least 1" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        Holder.resolve({"items": []})
+    with pytest.raises(ConfigError, match="and 29 more"):
+        Holder.resolve({f"k{i}": 1 for i in range(40)})
 
 
 def test_nearest_lists_all_names_when_none_is_close() -> None:

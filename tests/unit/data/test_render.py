@@ -273,6 +273,13 @@ _BAD = {
     "arguments of f are not JSON": _chat(
         _user(), _assistant(tool_calls=[{"function": {"name": "f", "arguments": "x=1"}}])
     ),
+    "arguments of f are JSON nested too deeply": _chat(
+        _user(), _assistant(tool_calls=[{"function": {"name": "f", "arguments": "[" * 200_000}}])
+    ),
+    "arguments of f: Out of range float values": _chat(
+        _user(), _assistant(tool_calls=[{"function": {"name": "f", "arguments": '{"x": NaN}'}}])
+    ),
+    "tools: Object of type bytes": _chat(_user(), _assistant(), tools=[{"name": "f", "x": b"y"}]),
     "arguments of f must be a JSON object, found list": _chat(
         _user(), _assistant(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}])
     ),

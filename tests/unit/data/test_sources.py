@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import gzip
 import json
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError, DataError
+from fullweight.data.render import EncodingOptions, render
 from fullweight.data.sources import (
     Columns,
     FileSource,
@@ -106,6 +110,77 @@ def test_parquet_equals_json_lines(tmp_path):
     assert from_parquet[1].where.endswith("a.parquet row 2")
 
 
+def test_csv_and_json_equal_json_lines(tmp_path):
+    """The same rows in every kind of file: quotes, commas and line breaks in cells, and numbers stay texts."""
+    rows = [{"q": 'a, "b"\n\nc', "a": "007", "id": "é"}, {"q": " x ", "a": "<think>t</think>1.50", "id": "2"}]
+    columns = Columns(prompt="q", answer="a")
+    wanted = samples_of(write(tmp_path / "a.jsonl", *rows), columns=columns)
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        with (tmp_path / f"a{suffix}").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["q", "a", "id"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+        found = samples_of(tmp_path / f"a{suffix}", columns=columns)
+        assert [r.sample for r in found] == [r.sample for r in wanted]
+        assert [r.where.rpartition(":")[2] for r in found] == ["2", "5"]  # where each row begins
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    for name in ("a.json", "lines.json"):
+        assert [r.sample for r in samples_of(tmp_path / name, columns=columns)] == [r.sample for r in wanted]
+
+
+def test_messages_and_tools_of_a_csv_are_json_text(tmp_path):
+    """A cell is text: what it holds is parsed, and an empty optional cell is an absent one."""
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["messages", "id", "tools"], [json.dumps(CHAT), "", '[{"name": "f"}]'], [json.dumps(CHAT), "7", ""]]
+        )
+    first, second = samples_of(tmp_path / "a.csv")
+    assert first.sample == {"messages": CHAT, "id": first.digest, "tools": [{"name": "f"}]}
+    assert second.sample == {"messages": CHAT, "id": "7"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"", "its first line is empty"),
+        ("a.csv", b"q,a\n", "is empty; expected at least one sample"),
+        ("a.csv", b"q,q\nx,y\n", ":1: two columns have the same name"),
+        ("a.csv", b"x,y\n1,2\n", "no column 'q'; columns found: x, y"),
+        ("a.csv", b"q,a\nx,y\nz\n", ":3: 1 cells, expected 2"),
+        ("a.csv", b'q,a\nx,"y\nz\n', ":3: not CSV: unexpected end of data"),
+        ("a.csv", b'q,a\nx,"y"z\n', ":2: not CSV"),
+        ("a.csv", b"q,a\nx,\xff\n", "not UTF-8"),
+        ("a.csv", b"q,a\n,y\n", ":2: column 'q' must be a non-empty string"),
+        ("a.json", b"[", "not JSON: Expecting value at column 2"),
+        ("a.json", b"[\n{},\n{]", "not JSON: .* at line 3"),
+        ("a.json", b"[3]", "row 1: expected a JSON object, found int"),
+        ("a.json", b"[]", "is empty; expected at least one sample"),
+        ("a.json", b"", "is empty; expected at least one sample"),
+        ("a.json", b'{"data": []}', ":1: no column 'q'; columns found: data"),
+    ],
+)
+def test_a_bad_csv_or_json_file_is_told_by_place(tmp_path, name, data, message):
+    """Each malformed file is one DataError that says where and what."""
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message) as caught:
+        samples_of(tmp_path / name, columns=Columns(prompt="q", answer="a"))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_what_only_columnar_files_hold_is_refused_or_ignored(tmp_path):
+    """A date in a key that the encoding ignores changes nothing; bytes where text belongs are told by row."""
+    stamped = [{**m, "timestamp": datetime.datetime(2026, 1, 2)} for m in CHAT]
+    pq.write_table(pa.Table.from_pylist([{"messages": stamped}]), tmp_path / "a.parquet")
+    [record] = samples_of(tmp_path / "a.parquet")
+    assert render(record.sample, EncodingOptions()) == render({"messages": CHAT}, EncodingOptions())
+    for bad in ({"messages": [{"role": "user", "content": b"x"}, CHAT[1]]}, {"messages": CHAT, "tools": b"x"}):
+        pq.write_table(pa.Table.from_pylist([bad]), tmp_path / "b.parquet")
+        [record] = samples_of(tmp_path / "b.parquet")
+        with pytest.raises(DataError, match=r"found bytes b'x'"):
+            render(record.sample, EncodingOptions())
+
+
 @pytest.mark.shared_data
 def test_a_published_parquet_file_opens():
     """The NL4OPT test set: each row read, with the columns that the file names itself."""
@@ -127,6 +202,11 @@ def test_a_folder_opens_through_datasets(tmp_path, monkeypatch):
     folder.mkdir()
     write(folder / "train.jsonl", {"messages": CHAT})
     assert [r.sample["messages"] for r in samples_of(folder)] == [CHAT]
+    packed = folder / "more.jsonl.gz"
+    packed.write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
+    assert [r.sample["messages"] for r in samples_of(packed)] == [CHAT]
+    (tmp_path / "a.txt").write_text("one line\n")
+    assert [r.sample["text"] for r in samples_of(tmp_path / "a.txt", columns=Columns(text="text"))] == ["one line"]
     datasets.Dataset.from_list([{"messages": CHAT}]).save_to_disk(tmp_path / "saved")
     assert [r.sample["messages"] for r in samples_of(tmp_path / "saved")] == [CHAT]
     with pytest.raises(DataError, match="nearest: 'messages'"):
@@ -142,7 +222,7 @@ def test_a_folder_opens_through_datasets(tmp_path, monkeypatch):
         ([{"messages": CHAT}, b"\n", {"messages": CHAT}], ":2: empty line"),
         ([{"messages": CHAT}, b"  \r\n"], ":2: empty line"),
         ([{"messages": CHAT}, b'{"messages": [\n'], ":2: not JSON: .* at column"),
-        ([b'{"text": "\xff"}\n'], ":1: not UTF-8 .byte 10 of the line"),
+        ([b'{"text": "\xff"}\n'], ":1: not UTF-8 .byte 10.; save the file as UTF-8"),
         ([b"[1]\n"], ":1: expected a JSON object, found list"),
         ([b"[" * 200_000 + b"\n"], ":1: JSON nested too deeply"),
         (
@@ -156,6 +236,9 @@ def test_a_folder_opens_through_datasets(tmp_path, monkeypatch):
         ([{"messages": None}], ":1: column 'messages' .* found NoneType"),
         ([{"messages": CHAT, "tools": "[{"}], ":1: column 'tools': not JSON"),
         ([b'{"messages": [{"role": "user", "content": "\\ud83d"}]}\n'], ":1: text with half of a surrogate"),
+        ([{"messages": CHAT, "id": "\ud83d"}], ":1: text with half of a surrogate"),
+        ([{"messages": CHAT, "tools": "[" * 200_000}], ":1: column 'tools': JSON nested too deeply"),
+        ([b'{"messages": ' + b"9" * 5000 + b"}\n"], ":1: .*too many digits"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, lines, message):
@@ -179,9 +262,12 @@ def test_absent_and_unknown_files_are_refused(tmp_path):
     """A wrong path or kind of file says so, without a search on any network."""
     with pytest.raises(DataError, match="no data file at"):
         samples_of(tmp_path / "none.jsonl")
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"unknown kind of data file '.csv'; expected .jsonl or .parquet"):
-        samples_of(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(DataError, match=r"unknown kind of data file '.xlsx'; expected .jsonl, .json, .csv"):
+        samples_of(tmp_path / "a.xlsx")
+    for name in ("x" * 5000, "x" * 5000 + ".jsonl", "a\0b.jsonl"):
+        with pytest.raises(DataError, match="no data file at"):
+            samples_of(name)
     (tmp_path / "a.parquet").write_text("not parquet")
     with pytest.raises(DataError, match="cannot be read as Parquet"):
         samples_of(tmp_path / "a.parquet")

@@ -233,6 +233,10 @@ def test_yarn_range_against_transformers(length: int, fast: float, theta: float,
         ({"scoring_func": "softmax"}, r"scoring_func: .*'sqrtsoftplus' \(found 'softmax'\)"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling.type: .*'yarn' \(found 'linear'\)"),
         ({"rope_scaling": {"facto": 2}}, "unknown key rope_scaling.facto; did you mean 'factor'"),
+        ({"rope_scaling": {"beta_fast": 0}}, "rope_scaling.beta_fast: .*greater than 0"),
+        ({"rope_scaling": {"beta_fast": 1, "beta_slow": 2}}, r"beta_fast \(1.0\) is below beta_slow \(2.0\)"),
+        ({"sliding_window": 2**21}, r"sliding_window \(2097152\) exceeds max_position_embeddings \(1048576\)"),
+        ({"vocab_size": 10**23}, r"these sizes make 1.3e\+25 parameters, expected at most 1e\+15"),
         ({"hiden_size": 64}, "unknown key hiden_size; did you mean 'hidden_size'"),
     ],
 )
@@ -253,8 +257,10 @@ def test_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     cases: list[tuple[Any, str]] = [
         (None, "no config.json at .*config.json"),
-        (b"\xff\xfe", "config.json is not JSON"),
-        (b"{", "config.json is not JSON: .*line 1"),
+        (b"\xff\xfe", "config.json is not UTF-8"),
+        (b"{", "config.json is not JSON: .*column 2"),
+        (b"[" * 200_000, "config.json is JSON nested too deeply"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "config.json is not JSON .* too many digits"),
         (b"[]", "describes model_type 'list'; expected 'deepseek_v4'"),
         (b"{}", "describes model_type None"),
         (b'{"model_type": "deepseek_v3"}', "describes model_type 'deepseek_v3'"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.models.deepseek_v4.init import hash_table, initialise
+from fullweight.models.deepseek_v4.init import FreshTensor, hash_table, initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 
 
@@ -110,3 +112,14 @@ def test_the_starting_loss_is_that_of_guessing() -> None:
     with torch.no_grad():
         loss = model(batch).losses["lm"].item() / 255
     assert loss == pytest.approx(torch.tensor(512.0).log().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["layers.1.ffn.experts.gate_up", "embed.weight", "layers.1.ffn.gate.tid2eid"])
+def test_rows_given_out_in_order_are_those_of_the_whole(name: str) -> None:
+    """A tensor that is drawn row by row has `initialise`'s bits, stacks of experts counted through."""
+    config = DeepSeekV4Config.preset("tiny", hidden_size=72, n_routed_experts=3, num_hash_layers=2)
+    whole = initialise(DeepSeekV4(config, ops="reference"), 4).state_dict()[name]
+    fresh, rows = FreshTensor(name, tuple(whole.shape), config, 4), whole.flatten(0, max(whole.dim() - 2, 0))
+    bounds = [0, 1, 5, 60, 61, len(rows) - 1, len(rows)]
+    found = [fresh.rows(first, last) for first, last in itertools.pairwise(bounds)]
+    assert torch.equal(torch.cat(found), rows)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fullweight.core.errors import CheckpointError
-from fullweight.report.build import build_report, facts
+from fullweight.report.build import build_report, data_facts, facts
 
 
 def step_line(step: int, loss: float | str) -> dict[str, Any]:
@@ -74,3 +74,25 @@ def test_a_run_without_steps_has_nothing_to_report(tmp_path: Path) -> None:
     make_run(tmp_path, [evaluation(0, 6.0, None)])
     with pytest.raises(CheckpointError, match="no step yet"):
         build_report(tmp_path)
+
+
+def test_a_held_out_loss_that_is_no_number_is_shown_as_it_was_recorded() -> None:
+    """The ledger writes NaN by its name; a diverged run still gets its page."""
+    lines = [evaluation(0, 6.0, None), evaluation(1, "nan", None)]  # type: ignore[arg-type]
+    assert dict(facts([step_line(1, 5.0)], lines))["held-out loss"] == "6.0000 to nan"
+
+
+def test_what_became_of_each_source_is_on_the_page(tmp_path: Path) -> None:
+    """Counts of the newest event that has them; a side without samples is left out."""
+    side = {"samples": 1200, "tokens": 9, "trained_tokens": 5, "truncated": 0}
+    side |= {"dropped_too_long": 2, "dropped_untrained": 1}
+    source = {"name": "a.jsonl", "records": 1204, "duplicates": 1, "also_held_out": 0}
+    source |= {"train": side, "held_out": dict.fromkeys(side, 0)}
+    event = {"kind": "event", "step": 0, "what": "start"}
+    lines = [event, event | {"data": [source | {"records": 7}]}, event | {"data": [source]}, event]
+    told = "1,204 records; 1 duplicates; train: 1,200 samples of 9 tokens (0 truncated, 2 dropped as too long, "
+    told += "1 dropped without a trained token)"
+    assert data_facts(lines) == [("data: a.jsonl", told)]
+    assert data_facts([event]) == []
+    make_run(tmp_path, [*lines, step_line(1, 5.0)])
+    assert told in build_report(tmp_path).read_text()

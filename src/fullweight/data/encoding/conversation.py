@@ -24,6 +24,7 @@ from typing import Any
 
 from fullweight.core.config import nearest
 from fullweight.core.errors import DataError
+from fullweight.core.strict_json import parse_json
 from fullweight.data.encoding import Encoding
 
 _ROLE_KEYS: dict[str, set[str]] = {
@@ -134,7 +135,7 @@ def _parse_message(raw: Any, where: str, encoding: Encoding) -> Message:
         where=where,
         content=content_text(raw.get("content"), where, encoding.fill("block_separator")[0].text),
         tools=_tool_schemas(values.get("tools"), where),
-        response_format=_json(values["response_format"]) if "response_format" in values else "",
+        response_format=_response_format(values.get("response_format"), where),
         task=_task(values.get("task"), role, where, encoding),
         wo_eos=_flag(values, "wo_eos", where, default=False),
         trained=_trained(values, role, where),
@@ -183,11 +184,12 @@ def _tool_call(raw: Any, where: str) -> ToolCall:
     name, arguments = _safe_name(function.get("name"), "tool call name", where), function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: arguments of {name} are not JSON: {error}") from None
+            arguments = parse_json(arguments)
+        except ValueError as error:
+            raise DataError(f"{where}: arguments of {name} are {error}") from None
     if not isinstance(arguments, dict):
         raise DataError(f"{where}: arguments of {name} must be a JSON object, found {_show(arguments)}")
+    _json(arguments, f"{where}: arguments of {name}")
     for key in arguments:
         _safe_name(key, f"parameter name of {name}", where)
     return ToolCall(str(raw.get("id") or function.get("id") or ""), name, arguments)
@@ -197,17 +199,21 @@ def _tool_schemas(raw: Any, where: str) -> tuple[str, ...]:
     """JSON of each function's schema, from OpenAI-style tools (a list, or its JSON text)."""
     if isinstance(raw, str) and raw:
         try:
-            raw = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: tools are not JSON: {error}") from None
+            raw = parse_json(raw)
+        except ValueError as error:
+            raise DataError(f"{where}: tools are {error}") from None
     schemas = []
     for tool in _list(raw, "tools", where):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping):
             raise DataError(f"{where}: a tool is an object with function.name, found {_show(tool)}")
         _safe_name(function.get("name"), "tool name", where)
-        schemas.append(_json(function))
+        schemas.append(_json(function, f"{where}: tools"))
     return tuple(schemas)
+
+
+def _response_format(raw: Any, where: str) -> str:
+    return "" if raw is None else _json(raw, f"{where}: response_format")
 
 
 def _with_tools(messages: list[Message], tools: tuple[str, ...], label: str) -> list[Message]:
@@ -333,8 +339,12 @@ def _safe_name(name: Any, what: str, where: str) -> str:
     return name
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _json(value: Any, where: str) -> str:
+    """The value as the model reads it; raises DataError for what no JSON text can hold."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # bytes or a date of a columnar file; NaN and infinities
+        raise DataError(f"{where}: {error}; only what JSON can hold has a rendering") from None
 
 
 def _show(value: Any) -> str:

@@ -174,7 +174,7 @@ def generate(
     temperature 0 takes the likeliest token; otherwise tokens are drawn, from the smallest set of tokens
     that holds probability `top_p`. Raises DataError on an empty prompt, ConfigError on a setting out of range.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:  # NaN is refused too
         raise ConfigError(
             f"temperature {temperature} and top_p {top_p}: use a temperature of at least 0 and top_p in (0, 1]"
         )

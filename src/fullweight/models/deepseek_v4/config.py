@@ -11,7 +11,6 @@ written back on export.
 
 from __future__ import annotations
 
-import json
 import math
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from fullweight.core.config import Config, nearest
 from fullweight.core.errors import ConfigError
+from fullweight.core.strict_json import parse_json
 
 
 class LayerKind(StrEnum):
@@ -34,6 +34,7 @@ class LayerKind(StrEnum):
 CSA_RATIO = 4
 HCA_RATIO = 128
 _HEAD: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+_MOST_PARAMETERS = 10**15  # far above any model, far below where sizes overflow
 _KINDS = {0: LayerKind.SLIDING, CSA_RATIO: LayerKind.CSA, HCA_RATIO: LayerKind.HCA}
 
 
@@ -43,8 +44,14 @@ class RopeScaling(Config):
     type: Literal["yarn"] = "yarn"
     factor: float = Field(16.0, ge=1.0)
     original_max_position_embeddings: PositiveInt = 65536
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast ({self.beta_fast}) is below beta_slow ({self.beta_slow}); exchange them")
+        return self
 
 
 class DeepSeekV4Config(Config):
@@ -135,6 +142,16 @@ class DeepSeekV4Config(Config):
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(f"{name} ({getattr(self, name)}) is outside the vocabulary of {self.vocab_size}")
+        if self.sliding_window > self.max_position_embeddings:
+            raise ValueError(
+                f"sliding_window ({self.sliding_window}) exceeds max_position_embeddings "
+                f"({self.max_position_embeddings})"
+            )
+        if self.num_parameters(mtp=True) > _MOST_PARAMETERS:
+            raise ValueError(
+                f"these sizes make {self.num_parameters(mtp=True):.1e} parameters, expected at most "
+                f"{_MOST_PARAMETERS:.0e}; check them, such as hidden_size, vocab_size and n_routed_experts"
+            )
         return self
 
     # ---- construction -------------------------------------------------------------------------------
@@ -153,13 +170,13 @@ class DeepSeekV4Config(Config):
         if path.is_dir():
             path = path / "config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_bytes())
         except FileNotFoundError:
             raise ConfigError(f"no config.json at {path}") from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} is {error}") from None
         if not isinstance(values, dict) or values.get("model_type") != "deepseek_v4":
             found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
             raise ConfigError(f"{path} describes model_type {found!r}; expected 'deepseek_v4'")

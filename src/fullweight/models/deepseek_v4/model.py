@@ -218,10 +218,11 @@ class DeepSeekV4(nn.Module):
     def _pack(self, documents: Sequence[Sequence[int]]) -> tuple[Tensor, PackedLayout]:
         if not documents or any(len(d) == 0 for d in documents):
             raise DataError("found an empty document; every document needs at least one token id")
-        tokens = torch.tensor([t for d in documents for t in d], dtype=torch.int64)
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
-            worst = int(tokens.max() if int(tokens.min()) >= 0 else tokens.min())
+        ids = [t for d in documents for t in d]
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            worst = max(ids) if min(ids) >= 0 else min(ids)
             raise DataError(f"token id {worst} is outside the vocabulary of {self.config.vocab_size}")
+        tokens = torch.tensor(ids, dtype=torch.int64)
         device = self.norm.weight.device
         return tokens.to(device), PackedLayout.build([len(d) for d in documents], self.config.ratios).to(device)
 
