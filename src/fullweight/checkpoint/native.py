@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +33,21 @@ def decoder_name() -> str:
     if asked not in (None, "torch", "compiled"):
         raise ConfigError(f"{VARIABLE} is {asked!r}; use torch or compiled, or unset it")
     return asked or ("compiled" if find_compiler() else "torch")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Within, codecs run `name`: torch or compiled."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    decoder_name.cache_clear()
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+        decoder_name.cache_clear()
 
 
 def can_run(values: Tensor) -> bool:

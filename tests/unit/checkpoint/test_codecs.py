@@ -23,11 +23,9 @@ DECODERS = ["torch", pytest.param("compiled", marks=pytest.mark.skipif(not find_
 
 
 @pytest.fixture(params=DECODERS)
-def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(native.VARIABLE, request.param)
-    native.decoder_name.cache_clear()
-    yield request.param
-    native.decoder_name.cache_clear()
+def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.using(request.param):
+        yield request.param
 
 
 def draw_fp4(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -120,9 +118,8 @@ def test_decoding_some_rows_or_into_a_part_of_a_row(decoder: str) -> None:
     assert not wide[:, 211:].any()
 
 
-def test_torch_decodes_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_at_a_time_change_nothing(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans of one row up to all rows give what the formats' definitions give, from any row of a block."""
-    monkeypatch.setattr(native, "decoder_name", lambda: "torch")
     codes, scales = draw_fp8(300, 262)
     packed, small = draw_fp4(300, 262)
     for cached in (1, 1000, 262 * 77, 10**6):
@@ -320,9 +317,7 @@ def hostile(shape: tuple[int, int], kind: str, dtype: torch.dtype, seed: int) ->
 @pytest.mark.skipif(not find_compiler(), reason="no compiler")
 @pytest.mark.parametrize("kind", ["weights", "any", "small"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_and_torch_encoders_agree_in_every_bit(
-    dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_and_torch_encoders_agree_in_every_bit(dtype: torch.dtype, kind: str) -> None:
     """Codes, scales, which blocks kept the source's, and all statistics, whatever values and sources hold."""
 
     def encodings(values: Tensor) -> list[Encoded]:
@@ -350,8 +345,8 @@ def test_compiled_and_torch_encoders_agree_in_every_bit(
         values = hostile(shape, kind, dtype, seed)
         results = {}
         for name in ("compiled", "torch"):
-            monkeypatch.setattr(native, "decoder_name", lambda name=name: name)
-            results[name] = encodings(values)
+            with native.using(name):
+                results[name] = encodings(values)
         for compiled, plain in zip(*results.values(), strict=True):
             assert torch.equal(bits(compiled.codes), bits(plain.codes)), shape
             assert torch.equal(bits(compiled.scales), bits(plain.scales)), shape
