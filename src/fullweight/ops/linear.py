@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from fullweight.ops.late import Late
 
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
 
 class CastLinear(torch.autograd.Function):
     """x @ weight^T in x's dtype; the cast weight is made again in backward rather than kept."""
@@ -38,20 +40,20 @@ class CastLinear(torch.autograd.Function):
 
 
 class WideLinear(torch.autograd.Function):
-    """x @ weight^T in weight's dtype; only the narrow x is kept."""
+    """x @ weight^T in weight's dtype by `multiply`, which is or acts like F.linear; only the narrow x is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, late: Late | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, late: Late | None, multiply: Multiply) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.late = late
-        return F.linear(x.to(weight.dtype), weight)
+        ctx.late, ctx.multiply = late, multiply
+        return multiply(x.to(weight.dtype), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        dx = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return dx, formed(ctx, lambda: grad.T @ x.to(grad.dtype)), None
+        dx = ctx.multiply(grad, weight.T).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return dx, formed(ctx, lambda: grad.T @ x.to(grad.dtype)), None, None
 
 
 class GroupedLinear(torch.autograd.Function):

@@ -89,7 +89,9 @@ class ReferenceOperations:
     def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., in] @ weight [out, in] transposed, in weight's dtype (fp32 whatever x is)."""
         weight, late = split(x, weight)
-        return F.linear(x.to(weight.dtype), weight) if late is None else WideLinear.apply(x, weight, late)
+        return (
+            F.linear(x.to(weight.dtype), weight) if late is None else WideLinear.apply(x, weight, late, F.linear)
+        )
 
     def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Block-diagonal projection: x [T, g, in], weight [g * out, in] -> [T, g * out]."""

@@ -25,6 +25,7 @@ from fullweight.ops.cpu.loss import CrossEntropy
 from fullweight.ops.cpu.memory import prepare_memory
 from fullweight.ops.cpu.norm import NormRotary
 from fullweight.ops.cpu.swiglu import SwiGlu
+from fullweight.ops.cpu.wide import wide_product
 from fullweight.ops.late import split
 from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
 from fullweight.ops.native import kernels
@@ -75,7 +76,7 @@ class CpuOperations(ReferenceOperations):
         return CastLinear.apply(x, *split(x, weight))
 
     def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return WideLinear.apply(x, *split(x, weight))
+        return WideLinear.apply(x, *split(x, weight), wide_product)
 
     def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return GroupedLinear.apply(x, *split(x, weight))

@@ -16,10 +16,11 @@ from fullweight.ops.late import Late
 from fullweight.ops.native import call
 
 TILE = 512  # rows of an expert that share one product
+GROUP = 1024  # rows that pass through what is between products together, unless one expert has more
 
 
 class ExpertMixture(torch.autograd.Function):
-    """Dropless experts: rows sorted by expert, one expert after another so that its rows stay in cache."""
+    """Dropless experts: rows sorted by expert, a few experts after another so that their rows stay in cache."""
 
     @staticmethod
     def forward(
@@ -38,10 +39,11 @@ class ExpertMixture(torch.autograd.Function):
         scale = torch.zeros(plan.num_rows)
         scale[plan.place] = weights.detach().float().flatten()
         hidden, out_rows = x.new_empty(plan.num_rows, gate_up.shape[1]), x.new_empty(plan.num_rows, x.shape[1])
-        for expert, rows in plan.experts():
-            into, down_weight = cast(gate_up[expert], x.dtype), cast(down[expert], x.dtype)
-            mm_tiles(gather_rows(x, plan.token[rows]), into.T, hidden[rows])
-            mm_tiles(swiglu_rows(hidden[rows], scale[rows], limit), down_weight.T, out_rows[rows])
+        for group in plan.groups():
+            rows = group.rows
+            into, back = cast(gate_up[group.experts], x.dtype), cast(down[group.experts], x.dtype)
+            multiply(gather_rows(x, plan.token[rows]), into.transpose(1, 2), hidden[rows], group)
+            multiply(swiglu_rows(hidden[rows], scale[rows], limit), back.transpose(1, 2), out_rows[rows], group)
         ctx.save_for_backward(x, hidden, scale, gate_up, down)
         ctx.plan, ctx.limit, ctx.top_k, ctx.weights_dtype = plan, limit, top_k, weights.dtype
         ctx.late = late_gate_up, late_down
@@ -56,48 +58,54 @@ class ExpertMixture(torch.autograd.Function):
             torch.empty_like(weight) if wanted else None
             for weight, wanted in zip((gate_up, down), ctx.needs_input_grad[3:5], strict=True)
         )
-        for gradient in (dgate_up, ddown):
-            if gradient is not None:
-                gradient[plan.idle()] = 0
         dscale, dx_rows = torch.empty_like(scale), x.new_empty(plan.num_rows, x.shape[1])
         f = down.shape[2]
-        kept: list[tuple[int, slice, Tensor, Tensor]] = []
-        for expert, rows in plan.experts():
+        kept: list[tuple[Group, Tensor, Tensor]] = []
+        for group in plan.groups():
+            rows = group.rows
             grad_rows = gather_rows(grad, plan.token[rows])
             count = len(grad_rows)
             dactivation, activation = x.new_empty(count, f), x.new_empty(count, f)
             dhidden = x.new_empty(count, 2 * f)
-            mm_tiles(grad_rows, cast(down[expert], x.dtype), dactivation)
+            multiply(grad_rows, cast(down[group.experts], x.dtype), dactivation, group)
             buffers = (dactivation, hidden[rows], scale[rows], dhidden, dscale[rows], activation)
             call("swiglu_backward", *buffers, count, f, float(ctx.limit), torch.get_num_threads(), dtype=x.dtype)
             if ddown is not None:
-                ddown[expert] = grad_rows.T @ activation
+                outer_products(grad_rows, activation, ddown[group.experts], group)
             if dgate_up is not None:
-                dgate_up[expert] = dhidden.T @ gather_rows(x, plan.token[rows])
-            mm_tiles(dhidden, cast(gate_up[expert], x.dtype), dx_rows[rows])
+                outer_products(dhidden, gather_rows(x, plan.token[rows]), dgate_up[group.experts], group)
+            multiply(dhidden, cast(gate_up[group.experts], x.dtype), dx_rows[rows], group)
             if any(ctx.late):
-                kept.append((expert, rows, dhidden, activation))
+                kept.append((group, dhidden, activation))
         late_gate_up, late_down = ctx.late
         if late_gate_up is not None:
             late_gate_up.put(
-                lambda: _stacked(gate_up, plan, ((e, h, gather_rows(x, plan.token[r])) for e, r, h, _ in kept))
+                lambda: _stacked(gate_up, ((g, h, gather_rows(x, plan.token[g.rows])) for g, h, _ in kept))
             )
         if late_down is not None:
             late_down.put(
-                lambda: _stacked(down, plan, ((e, gather_rows(grad, plan.token[r]), a) for e, r, _, a in kept))
+                lambda: _stacked(down, ((g, gather_rows(grad, plan.token[g.rows]), a) for g, _, a in kept))
             )
         dx = combine(dx_rows, plan.place, x.shape[0], ctx.top_k)
         dweights = dscale[plan.place].view(-1, ctx.top_k).to(ctx.weights_dtype)
         return dx, None, dweights, dgate_up, ddown, None, None, None
 
 
-def _stacked(like: Tensor, plan: DispatchPlan, pairs: Iterable[tuple[int, Tensor, Tensor]]) -> Tensor:
-    """The experts' weight gradients, left^T @ right for each (expert, left, right)."""
+def _stacked(like: Tensor, groups: Iterable[tuple[Group, Tensor, Tensor]]) -> Tensor:
+    """The experts' weight gradients, left^T @ right for each (group, left, right)."""
     gradient = torch.empty_like(like)
-    gradient[plan.idle()] = 0
-    for expert, left, right in pairs:
-        gradient[expert] = left.T @ right
+    for group, left, right in groups:
+        outer_products(left, right, gradient[group.experts], group)
     return gradient
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring experts, their rows, and how many rows each has."""
+
+    experts: slice
+    rows: slice
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -131,24 +139,35 @@ class DispatchPlan:
         token[row] = order // chosen.shape[1]
         return DispatchPlan(len(token), token, place, counts)
 
-    def experts(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has rows, and which they are."""
-        start = 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                yield expert, slice(start, start + count)
-            start += count
-
-    def idle(self) -> list[int]:
-        """Experts that no token chose."""
-        return [expert for expert, count in enumerate(self.counts) if not count]
+    def groups(self) -> Iterator[Group]:
+        """All experts in order, as many together as have `GROUP` rows, at least one."""
+        expert = row = 0
+        while expert < len(self.counts):
+            last, rows = expert + 1, self.counts[expert]
+            while last < len(self.counts) and rows + self.counts[last] <= GROUP:
+                rows, last = rows + self.counts[last], last + 1
+            yield Group(slice(expert, last), slice(row, row + rows), self.counts[expert:last])
+            expert, row = last, row + rows
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype)
 
 
-def mm_tiles(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, `TILE` rows at a time: few shapes for oneDNN to prepare."""
-    for a in range(0, left.shape[0], TILE):
-        torch.mm(left[a : a + TILE], right, out=out[a : a + TILE])
+def multiply(left: Tensor, weights: Tensor, out: Tensor, group: Group) -> None:
+    """out = left @ weights[expert] for each expert's rows, `TILE` at a time: few shapes for oneDNN to prepare."""
+    sizes, chosen = [], []
+    for weight, count in zip(weights.unbind(), group.counts, strict=True):
+        for start in range(0, count, TILE):
+            sizes.append(min(TILE, count - start))
+            chosen.append(weight)
+    for a, weight, c in zip(left.split(sizes), chosen, out.split(sizes), strict=True):
+        torch.mm(a, weight, out=c)
+
+
+def outer_products(left: Tensor, right: Tensor, out: Tensor, group: Group) -> None:
+    """out[expert] = left^T @ right over each expert's rows; 0 for one without rows."""
+    narrow = left.new_empty(out.shape)
+    for a, b, c in zip(left.split(group.counts), right.split(group.counts), narrow.unbind(), strict=True):
+        torch.mm(a.T, b, out=c)
+    out.copy_(narrow)
