@@ -30,6 +30,7 @@ from fullweight.parallel.apply import parallelize
 from fullweight.parallel.config import Layout
 from fullweight.parallel.engine import Engine, PlainEngine
 from fullweight.parallel.mesh import Ranks
+from fullweight.parallel.pipeline import Division, PipelineEngine, divide
 from fullweight.train.config import RunConfig, check_vocabulary
 from fullweight.train.evaluate import Question
 from fullweight.train.guards import Guard
@@ -101,7 +102,8 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
     model = empty_model(config, architecture, ranks.device.type)
-    parallelize(model, ranks, config.parallel, sharding_units(model))
+    division = divide(model, ranks, config.parallel, config.data.row_tokens)
+    parallelize(model, ranks, config.parallel, sharding_units(model), division)
     model.to_empty(device=ranks.device)
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
@@ -117,7 +119,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         tokenizer=tokenizer,
         architecture=architecture,
         state=TrainState(model, optimizers, loader, ranks, guard, config.train.seed),
-        engine=PlainEngine(partial(config.method.forward, model)),
+        engine=_engine(config, model, ranks, division),
         guard=guard,
         held_out=loader.held_out_batches(),
         questions=questions,
@@ -126,7 +128,15 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     )
 
 
-_NOT_BUILT = ("pipeline", "context", "tensor")
+def _engine(config: RunConfig, model: DeepSeekV4, ranks: Ranks, division: Division | None) -> Engine:
+    if division is None:
+        return PlainEngine(partial(config.method.forward, model))
+    assert ranks.stages is not None
+    tokens = config.data.row_tokens
+    return PipelineEngine(model, config.method.forward, division, ranks.stages, ranks.device, tokens)
+
+
+_NOT_BUILT = ("context", "tensor")
 
 
 def _check_built(layout: Layout) -> None:
