@@ -163,7 +163,7 @@ def check_disk(run: Run) -> None:
     if run.config.export.enabled:
         needed += _export_bytes(run)
     fix = "free some, choose another --output, or lower checkpoint.keep"
-    require_disk(run.folder.root, needed, "this run's checkpoints and export", fix)
+    require_disk(run.folder.root, needed, "keeping this run's checkpoints and export", fix)
 
 
 def _export_bytes(run: Run) -> int:
