@@ -149,7 +149,8 @@ def on_ranks(folder: Path) -> None:
             "cpu", (RANKS // context // tensor, context, tensor), mesh_dim_names=("r", "c", "t")
         )
         slices = mesh["c", "t"]._flatten("slices").get_group()
-        axis = SlicedTokens(slices, mesh.get_group("c"), mesh.get_group("t"))
+        groups = [mesh.get_group(axis) if size > 1 else None for axis, size in (("c", context), ("t", tensor))]
+        axis = SlicedTokens(slices, *groups)
         for _, pack, name in (r for r in RUNS if r[0] == cut):
             model = build(VARIANTS[name])
             model.axis = axis

@@ -30,7 +30,6 @@ from fullweight.checkpoint.published import (
 from fullweight.checkpoint.receipt import RECEIPT, Receipt, Rounding, described
 from fullweight.checkpoint.shards import DTYPES, ShardWriter, as_bytes
 from fullweight.checkpoint.source import SOURCE, SourceForm
-from fullweight.core import durable
 from fullweight.core.errors import CheckpointError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import Part, Stack, stacks
@@ -169,10 +168,13 @@ def new_folder(place: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        durable.sync_tree(staging)
+        for path in sorted(staging.rglob("*")):
+            _sync(path)
+        _sync(staging)
         if final.exists():
             final.rmdir()
-        durable.rename(staging, final)
+        staging.rename(final)
+        _sync(final.parent)
     except OSError as error:
         raise CheckpointError(
             f"could not write {place}: {error}; nothing was left behind: free space or name another folder"
@@ -286,3 +288,11 @@ def where(part: Part, stack: Stack) -> str:
     """`experts.gate_up[3, 0:2048]`: the part of ours that a published tensor is."""
     rows = f"{part.row}:{part.row + part.shape[0]}"
     return f"{stack.ours}[{rows if part.expert is None else f'{part.expert}, {rows}'}]"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

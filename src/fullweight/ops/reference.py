@@ -303,7 +303,8 @@ class ReferenceOperations:
         or sees none, adds nothing. The gradient reaches queries, keys and weights only.
         """
         total = queries.new_zeros((), dtype=weights.dtype)
-        for a, b in chunks(num_tokens, QUERY_CHUNK):
+        # no tokens still give a graph: ranks that share a row go backward together
+        for a, b in chunks(num_tokens, QUERY_CHUNK) or [(0, 0)]:
             args = (queries[a:b], keys, weights[a:b], selected[a:b], mass[a:b])
             total = total + recomputed(self._selected_loss, *args)
         return total
@@ -331,7 +332,7 @@ class ReferenceOperations:
         The target is recomputed from the main attention's q [T, H, c], entries and lse [T, H].
         """
         total = queries.new_zeros((), dtype=weights.dtype)
-        for a, b in chunks(num_tokens, QUERY_CHUNK):
+        for a, b in chunks(num_tokens, QUERY_CHUNK) or [(0, 0)]:
             with torch.no_grad():
                 every, seen = self._compressed_keys(Compressed(compressed.entries, compressed.table), a, b)
                 scores = torch.einsum("thc,tsc->ths", q[a:b], every).to(lse.dtype) * q.shape[-1] ** -0.5

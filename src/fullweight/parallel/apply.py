@@ -1,11 +1,11 @@
 """A model made for one device becomes this rank's part of a layout: one function, one written order.
 
-1. Recompute: which activations are made again in backward.
-2. Stages: of a pipeline's blocks this rank keeps its own stages'.
-3. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
+1. Slice: the model learns which tokens of a row are this rank's, and whom to ask for the others.
+2. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
+3. Recompute: which activations are made again in backward.
 4. FSDP: what is cut over other ranks than the rest has its own mesh; gradients are summed, never averaged.
 
-Optimisers come after it, for FSDP replaces the parameters.
+Optimisers come after it, for FSDP replaces the parameters. Left out: pipeline stages.
 """
 
 from __future__ import annotations
@@ -21,31 +21,22 @@ from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.models.deepseek_v4.moe import Experts
 from fullweight.models.deepseek_v4.sharding import Cut, cut_of
 from fullweight.parallel.config import ParallelConfig
+from fullweight.parallel.context import SlicedTokens
 from fullweight.parallel.expert import ExpertExchange
 from fullweight.parallel.fsdp import shard
 from fullweight.parallel.mesh import Meshes, Ranks
-from fullweight.parallel.pipeline import Division
 
 
-def parallelize(
-    model: DeepSeekV4,
-    ranks: Ranks,
-    config: ParallelConfig,
-    units: Sequence[nn.Module],
-    division: Division | None = None,
-) -> None:
+def parallelize(model: DeepSeekV4, ranks: Ranks, config: ParallelConfig, units: Sequence[nn.Module]) -> None:
     """Lay `model` out over the ranks, in place; `units` are the modules that FSDP gathers one at a time.
 
-    All ranks must hold equal parameters, or parameters on the meta device. `division` is that of a pipeline.
+    All ranks must hold equal parameters, or parameters on the meta device.
     """
     model.set_recompute(config.recompute)
-    if division is not None:
-        model.keep(division.held_parts)
-        held = set(model.modules())
-        units = [unit for unit in units if unit in held]
     meshes = ranks.meshes
     if meshes is None:
         return
+    _slice_rows(model, meshes)
     _cut(model, meshes)
     own_mesh: dict[nn.Module, DeviceMesh] = {}
     if meshes.expert is not None:
@@ -55,7 +46,17 @@ def parallelize(
             if isinstance(module, Experts):
                 module.dispatch, own_mesh[module] = exchange, meshes.experts
     reduce_dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else None
-    shard(model, units, meshes.dense, own_mesh, reduce_dtype)
+    shard(model, units, meshes.dense, own_mesh, reduce_dtype, meshes.heads)
+
+
+def _slice_rows(model: DeepSeekV4, meshes: Meshes) -> None:
+    """Let the model run on this rank's slice of each row."""
+    if meshes.slices is not None:
+        model.axis = SlicedTokens(
+            meshes.slices.get_group(),
+            context=None if meshes.context is None else meshes.context.get_group(),
+            tensor=None if meshes.tensor is None else meshes.tensor.get_group(),
+        )
 
 
 def _cut(model: nn.Module, meshes: Meshes) -> None:

@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,10 @@ def _check_slices(layout: Layout, architecture: DeepSeekV4Config, row_tokens: in
     slices = layout.num_slices
     if slices == 1:
         return
-    # A slice gets what lies before it from one neighbour: the window, or the tokens of a compressed entry.
-    least = max(architecture.sliding_window, *architecture.ratios, 1)
+    # A slice gets what lies before it from one neighbour: the window, or the tokens of a compressed entry (in CSA
+    # those of two compression windows).
+    reach = [2 * r if r == CSA_RATIO else r for r in architecture.ratios]
+    least = max(architecture.sliding_window, *reach, 1)
     if row_tokens % slices or row_tokens // slices < least:
         legal = [n for n in range(1, row_tokens // least + 1) if row_tokens % n == 0]
         raise ConfigError(

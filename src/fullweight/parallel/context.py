@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from fullweight.core.slicing import Slice
+from fullweight.core.slicing import WHOLE, Slice
 from fullweight.models.deepseek_v4.tokens import TokenAxis
 from fullweight.parallel.collectives import gather_rows, heads_to_rows, rows_before, scatter_sum, sum_over
 
@@ -31,21 +31,20 @@ class SlicedTokens(TokenAxis):
     """One rank's slice of the rows that the ranks of `slices` share.
 
     slices: the context x tensor ranks of one row, tensor fastest; context: those of them with this rank's
-    tensor index; tensor: those with this rank's context index. Plain groups, also where they have one rank.
+    tensor index; tensor: those with this rank's context index. An axis of one rank needs no group.
     """
 
-    def __init__(self, slices: ProcessGroup, context: ProcessGroup, tensor: ProcessGroup) -> None:
+    def __init__(
+        self, slices: ProcessGroup, context: ProcessGroup | None = None, tensor: ProcessGroup | None = None
+    ) -> None:
         self.slices, self.context, self.tensor = slices, context, tensor
-        self.slice = Slice(dist.get_rank(slices), dist.get_world_size(slices))
-        self.span = Slice(dist.get_rank(context), dist.get_world_size(context))
-        self.num_tensor = dist.get_world_size(tensor)
-        expected = self.span.index * self.num_tensor + dist.get_rank(tensor)
-        assert self.slice == Slice(expected, self.span.count * self.num_tensor), (
-            "tensor ranks are consecutive slices"
-        )
+        self.slice, self.span, part = _place(slices), _place(context), _place(tensor)
+        self.num_tensor = part.count
+        expected = Slice(self.span.index * part.count + part.index, self.span.count * part.count)
+        assert self.slice == expected, "tensor ranks are consecutive slices"
 
     def before(self, rows: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        if self.slice.count == 1 or not rows:
+        if not rows:
             return parts
         # one exchange for all
         tails = torch.cat([p[p.shape[0] - rows :] for p in parts], -1)
@@ -53,34 +52,36 @@ class SlicedTokens(TokenAxis):
         return tuple(torch.cat(pair) for pair in zip(fronts, parts, strict=True))
 
     def entries(self, made: Tensor, order: Tensor | None) -> Tensor:
-        if self.slice.count == 1:
-            return made
         assert order is not None, "a slice's table says where the row's entries lie"
         return gather_rows(made, self.slices).index_select(0, order)
 
     def widen(self, rows: Tensor) -> Tensor:
-        if self.num_tensor == 1:
+        if self.tensor is None:
             return rows
         if rows.dtype == torch.int64:  # indices of entries: half the bytes
             return gather_rows(rows.to(torch.int32), self.tensor).to(torch.int64)
         return gather_rows(rows, self.tensor)
 
     def before_span(self, rows: int, span: Tensor) -> Tensor:
-        if self.span.count == 1 or not rows:
+        if self.context is None or not rows:
             return span
         return torch.cat((rows_before(span, rows, self.context), span))
 
     def narrow(self, partial: Tensor) -> Tensor:
-        return scatter_sum(partial, self.tensor) if self.num_tensor > 1 else partial
+        return partial if self.tensor is None else scatter_sum(partial, self.tensor)
 
     def all_heads(self, mine: Tensor) -> Tensor:
-        return heads_to_rows(mine, self.tensor) if self.num_tensor > 1 else mine
+        return mine if self.tensor is None else heads_to_rows(mine, self.tensor)
 
     def own_heads(self, values: Tensor) -> Tensor:
-        return values.chunk(self.num_tensor)[dist.get_rank(self.tensor)] if self.num_tensor > 1 else values
+        return values if self.tensor is None else values.chunk(self.num_tensor)[dist.get_rank(self.tensor)]
 
     def own(self, weight: Tensor) -> Tensor:
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def sum(self, values: Tensor) -> Tensor:
-        return sum_over(values, self.slices) if self.slice.count > 1 else values
+        return sum_over(values, self.slices)
+
+
+def _place(group: ProcessGroup | None) -> Slice:
+    return WHOLE if group is None else Slice(dist.get_rank(group), dist.get_world_size(group))

@@ -1,7 +1,8 @@
 """Fully sharded data parallelism (FSDP2): each block one unit, the rest of the model the root's.
 
 Experts that are dealt over ranks are a unit of their own inside their block: only the ranks that hold the same
-experts share them. On a mesh of two axes (HSDP) parameters are cut over the second and copied over the first.
+experts share them. Parameters that are divided by heads stay in their block's unit, but are shared by the ranks
+with the same heads. On a mesh of two axes (HSDP) parameters are cut over the second and copied over the first.
 
 Why this way: parameters stay fp32 and are gathered in fp32, because the model itself casts where the
 mathematics allows it; a mixed-precision policy here would round the tensors that must stay fp32. Gradients
@@ -15,13 +16,15 @@ Left out: mixed-precision gathering, host offload.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
 
 
 def shard(
@@ -30,24 +33,34 @@ def shard(
     mesh: DeviceMesh,
     own_mesh: Mapping[nn.Module, DeviceMesh] | None = None,
     reduce_dtype: torch.dtype | None = None,
+    cut_mesh: DeviceMesh | None = None,
 ) -> None:
     """Shard `model` in place over `mesh` (shards, or replicas x shards): every block a unit, the rest the root's.
 
-    `own_mesh` names modules inside of blocks whose parameters are sharded over another mesh. All ranks must hold
-    equal parameters, or their parts of cut ones. Parameters become DTensors sharded on dimension 0 (uneven shards
+    `own_mesh` names modules inside of blocks whose parameters are sharded over another mesh; what else is a
+    DTensor already, this rank's part of it, is sharded over `cut_mesh`. All ranks must hold equal parameters, or
+    their parts of cut ones. Parameters become DTensors sharded on dimension 0 (uneven shards
     are allowed); their gradients are sums over ranks, exchanged in `reduce_dtype` (None: as they are, fp32).
     """
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module, other in (own_mesh or {}).items():
         fully_shard(module, mesh=other, mp_policy=policy)
+    place = None if cut_mesh is None else _cut_placement(cut_mesh)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         # A parameter that no token of one rank reaches must not change which gradients are exchanged.
         unit.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def _cut_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], ShardPlacementResult | None]:
+    """DTensors on `mesh`, the rest where the unit's are."""
+    shards = mesh.ndim - 1
+    info = FSDPMeshInfo(mesh, shards) if mesh.ndim == 1 else HSDPMeshInfo(mesh, shards, replicate_mesh_dim=0)
+    return lambda parameter: ShardPlacementResult(Shard(0), info) if isinstance(parameter, DTensor) else None
 
 
 @contextmanager
@@ -68,40 +81,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(unit is not root, recurse=False)
             unit.reshard()
-
-
-@contextmanager
-def accumulating(model: nn.Module) -> Iterator[None]:
-    """Within it backward passes add up gradients on each rank; they are reduced over ranks once, on leaving.
-
-    From its first use to the end, every parameter stays whole on every rank, and so do the gradients, in fp32. All
-    ranks must enter together and run forward passes of all units. Identity when unsharded.
-    """
-    units = list(_units(model))
-    if not units:
-        yield
-        return
-    root = fully_shard.state(model)  # type: ignore[attr-defined]
-    root._lazy_init()
-    for unit in units:
-        unit.set_is_last_backward(False)
-        unit.set_requires_gradient_sync(False, recurse=False)
-        unit.set_reshard_after_backward(False, recurse=False)
-        unit.set_reshard_after_forward(False, recurse=False)
-    groups = [group for state in root._state_ctx.all_states for group in state._fsdp_param_groups]
-    for group in groups:
-        for parameter in group.fsdp_params:
-            parameter.reduce_dtype = None  # that of sums over micro-batches; the group has that of the exchange
-    yield
-    for unit in units:
-        unit.set_is_last_backward(True)
-        unit.set_requires_gradient_sync(True, recurse=False)
-        unit.set_reshard_after_backward(True, recurse=False)
-        unit.set_reshard_after_forward(unit is not model, recurse=False)
-    # what autograd's hooks would do after the only backward pass, and torch's own pipeline stages do like this
-    for group in groups:
-        group.post_backward()
-    root._root_post_backward_final_callback()
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:

@@ -30,7 +30,6 @@ from fullweight.parallel.apply import parallelize
 from fullweight.parallel.config import Layout
 from fullweight.parallel.engine import Engine, PlainEngine
 from fullweight.parallel.mesh import Ranks
-from fullweight.parallel.pipeline import Division, PipelineEngine, divide
 from fullweight.train.config import RunConfig, check_vocabulary
 from fullweight.train.evaluate import Question
 from fullweight.train.guards import Guard
@@ -102,8 +101,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
     model = empty_model(config, architecture, ranks.device.type)
-    division = divide(model, ranks, config.parallel, config.data.row_tokens)
-    parallelize(model, ranks, config.parallel, sharding_units(model), division)
+    parallelize(model, ranks, config.parallel, sharding_units(model))
     model.to_empty(device=ranks.device)
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
@@ -119,7 +117,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         tokenizer=tokenizer,
         architecture=architecture,
         state=TrainState(model, optimizers, loader, ranks, guard, config.train.seed),
-        engine=_engine(config, model, ranks, division),
+        engine=PlainEngine(partial(config.method.forward, model)),
         guard=guard,
         held_out=loader.held_out_batches(),
         questions=questions,
@@ -128,15 +126,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     )
 
 
-def _engine(config: RunConfig, model: DeepSeekV4, ranks: Ranks, division: Division | None) -> Engine:
-    if division is None:
-        return PlainEngine(partial(config.method.forward, model))
-    assert ranks.stages is not None
-    tokens = config.data.row_tokens
-    return PipelineEngine(model, config.method.forward, division, ranks.stages, ranks.device, tokens)
-
-
-_NOT_BUILT = ("context", "tensor")
+_NOT_BUILT = ("pipeline",)
 
 
 def _check_built(layout: Layout) -> None:
@@ -163,7 +153,7 @@ def check_disk(run: Run) -> None:
     if run.config.export.enabled:
         needed += _export_bytes(run)
     fix = "free some, choose another --output, or lower checkpoint.keep"
-    require_disk(run.folder.root, needed, "keeping this run's checkpoints and export", fix)
+    require_disk(run.folder.root, needed, "this run's checkpoints and export", fix)
 
 
 def _export_bytes(run: Run) -> int:
