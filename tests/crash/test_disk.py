@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.crash.conftest import Whole
@@ -16,6 +17,7 @@ from tests.processes import Ended, fullweight
 from fullweight.checkpoint import store
 from fullweight.checkpoint.generations import choose
 from fullweight.cli.main import main
+from fullweight.train.ledger import Ledger
 
 pytestmark = pytest.mark.crash
 
@@ -61,6 +63,44 @@ def main_on_a_disk_that_fails_once(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def main_while_the_disk_fills(arguments: list[str]) -> int:
+    """The command line while another program takes every byte at step 3, and with FREES=1 gives them back.
+
+    It gives them back when step 4 was tried to be saved once.
+    """
+    append, save = Ledger.append, store.save
+    filler = Path(os.environ["DISK"]) / "filler"
+    tries = [0]
+
+    def fill_at_step_3(log: Ledger, kind: str, step: int, values: dict[str, Any]) -> OSError | None:
+        if (kind, step) == ("step", 3):
+            fill(filler)
+            values = {**values, "padding": "x" * 8192}  # no rest of a page has room for it
+        return append(log, kind, step, values)
+
+    def free_after_a_failure(*given: Any, **options: Any) -> store.Saved:
+        tries[0] += filler.exists()
+        if tries[0] == 2 and filler.exists() and os.environ["FREES"] == "1":
+            filler.unlink()
+        return save(*given, **options)
+
+    Ledger.append = fill_at_step_3  # type: ignore[method-assign]
+    if os.environ.get("RANK", "0") == "0":
+        store.save = free_after_a_failure
+    return main(arguments)
+
+
+def fill(filler: Path) -> None:
+    """Take what is free, to the last byte."""
+    with filler.open("wb", buffering=0) as stream:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while True:
+                    stream.write(bytes(size))
+            except OSError:
+                continue
+
+
 def stopped_at_step_4(folder: Path, ranks: int) -> None:
     """A run with one checkpoint, of step 2, and a second one, of step 4, newest."""
     assert not train(folder, ranks, "save.begin save=3").ok
@@ -95,6 +135,38 @@ def test_a_full_disk_stops_the_run_and_harms_nothing(
         remount(disk, "size=64m")
         again = resume(folder, ranks)
         assert again.ok, again.output
+        assert_same_in_the_end(folder, whole(ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_disk_that_fills_between_two_saves(frees: bool, ranks: int, tmp_path: Path, whole: Whole) -> None:
+    """Lines of the ledger wait. With room again none is lost; without, the run ends with its last good state."""
+    with mounted(tmp_path / "disk", 64) as disk:
+        folder = disk / "run"
+        settings = [*SETTINGS, "checkpoint.asynchronous=false"]  # so that step 2 is saved when step 3 begins
+        chosen = [part for setting in settings for part in ("--set", setting)]
+        environment = {"DISK": str(disk), "FREES": str(int(frees))}
+        call = f"{__name__}:main_while_the_disk_fills"
+        ended = fullweight(
+            "train", RECIPE, *chosen, "--output", folder, ranks=ranks, environment=environment, call=call
+        )
+        assert "lines of the ledger are held back" in ended.output
+        assert "checkpoint failed (attempt 1 of 2)" in ended.output
+        assert "Traceback" not in ended.output
+        if frees:
+            assert ended.ok, ended.output
+            assert "every line that was held back is in the ledger" in ended.output
+            [failed] = [e for e in lines(folder, "event") if e["what"] == "checkpoint_failed"]
+            assert (failed["saving"], failed["attempt"]) == (4, 1)
+        else:
+            assert all(status == 1 for status in ended.statuses), ended.output
+            assert "2 attempts in a row to save step 4 failed" in ended.output
+            assert [e["step"] for e in lines(folder)] == [1, 2]
+            assert choose(folder / "checkpoints").generation.step == 2
+            (disk / "filler").unlink()
+            again = resume(folder, ranks)
+            assert again.ok, again.output
         assert_same_in_the_end(folder, whole(ranks))
 
 

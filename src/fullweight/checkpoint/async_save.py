@@ -79,8 +79,11 @@ class Saver:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._broken: BaseException | None = None
 
-    def save(self, state: State, facts: Facts) -> Stall:
-        """Begin to save; all ranks together, with their shards and the same facts. Nothing after `gave_up`."""
+    def save(self, state: State, facts: Facts, before: Callable[[], None] | None = None) -> Stall:
+        """Begin to save; all ranks together, with their shards and the same facts. Nothing after `gave_up`.
+
+        `before` puts on the disk what the state relies on: first in every attempt, on rank 0; an OSError fails it.
+        """
         began = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - began
@@ -88,10 +91,10 @@ class Saver:
             return Stall(waited, waited, None)
         reason = "checkpoint.asynchronous is off" if not self.config.asynchronous else self._snapshot.room(state)
         if reason is not None:
-            self._attempts(state, facts)
+            self._attempts(state, facts, before)
         else:
             copy = self._snapshot.take(state)
-            self._start(lambda: self._attempts(copy, facts))
+            self._start(lambda: self._attempts(copy, facts, before))
         return Stall(time.perf_counter() - began, waited, reason)
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -130,10 +133,12 @@ class Saver:
         self._thread = threading.Thread(target=run, name="fullweight-checkpoint", daemon=True)
         self._thread.start()
 
-    def _attempts(self, state: State, facts: Facts) -> None:
+    def _attempts(self, state: State, facts: Facts, before: Callable[[], None] | None) -> None:
         for attempt in range(1, self.config.max_failures + 1):
             try:
-                saved = store.save(self.folder, state, facts, keep=self.config.keep, peers=self.peers)
+                saved = store.save(
+                    self.folder, state, facts, keep=self.config.keep, peers=self.peers, before=before
+                )
             except CheckpointError as error:
                 failure = Failure(facts.step, attempt, str(error))
                 self._reports.put(failure)

@@ -30,6 +30,7 @@ from fullweight.checkpoint.published import (
 from fullweight.checkpoint.receipt import RECEIPT, Receipt, Rounding, described
 from fullweight.checkpoint.shards import DTYPES, ShardWriter, as_bytes
 from fullweight.checkpoint.source import SOURCE, SourceForm
+from fullweight.core import durable
 from fullweight.core.errors import CheckpointError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import Part, Stack, stacks
@@ -168,13 +169,10 @@ def new_folder(place: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        for path in sorted(staging.rglob("*")):
-            _sync(path)
-        _sync(staging)
+        durable.sync_tree(staging)
         if final.exists():
             final.rmdir()
-        staging.rename(final)
-        _sync(final.parent)
+        durable.rename(staging, final)
     except OSError as error:
         raise CheckpointError(
             f"could not write {place}: {error}; nothing was left behind: free space or name another folder"
@@ -288,11 +286,3 @@ def where(part: Part, stack: Stack) -> str:
     """`experts.gate_up[3, 0:2048]`: the part of ours that a published tensor is."""
     rows = f"{part.row}:{part.row + part.shape[0]}"
     return f"{stack.ours}[{rows if part.expert is None else f'{part.expert}, {rows}'}]"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

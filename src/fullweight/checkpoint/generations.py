@@ -26,6 +26,7 @@ from pathlib import Path
 from fullweight.checkpoint.manifest import NAME, CorruptError, Generation, Manifest, verify
 from fullweight.checkpoint.peers import Peers
 from fullweight.core.crash import crash_point
+from fullweight.core.durable import rename, sync
 from fullweight.core.errors import CheckpointError
 
 POINTER = "latest"
@@ -109,8 +110,7 @@ def write_pointer(folder: Path, name: str, sha256: str) -> Path:
 def move_pointer(folder: Path, temporary: Path) -> None:
     """Replace `latest` atomically."""
     crash_point("save.pointer")
-    temporary.replace(folder / POINTER)
-    sync(folder)
+    rename(temporary, folder / POINTER)
 
 
 def choose(
@@ -201,15 +201,6 @@ def locked(folder: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         stream.flush()
         yield
-
-
-def sync(folder: Path) -> None:
-    """Force a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _pointer_refusal(folder: Path) -> list[Refusal]:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from fullweight.checkpoint.hashing import FileDigest, digests
 from fullweight.checkpoint.peers import Peers
+from fullweight.core import durable
 from fullweight.core.config import Config
 from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError, ConfigError
@@ -93,11 +94,11 @@ class Generation:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> str:
-    """Write manifest and seal into `folder`; returns the manifest's digest. The caller syncs them to disk."""
+    """Write manifest and seal into `folder`, on the disk; returns the manifest's digest."""
     text = manifest.to_json().encode()
     found = hashlib.sha256(text).hexdigest()
-    (folder / MANIFEST).write_bytes(text)
-    (folder / SEAL).write_bytes(_seal(found))
+    durable.write(folder / MANIFEST, text)
+    durable.write(folder / SEAL, _seal(found))
     return found
 
 

@@ -17,6 +17,7 @@ from fullweight.checkpoint.blocks import Encoded
 from fullweight.checkpoint.catalogue import few
 from fullweight.checkpoint.folder import PublishedFolder
 from fullweight.checkpoint.native import decoder_name
+from fullweight.core import durable
 from fullweight.core.errors import CheckpointError
 
 RECEIPT = "receipt.json"
@@ -92,7 +93,7 @@ class Receipt:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        durable.write(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
 
 
 def _totals(entries: list[dict[str, Any]]) -> dict[str, int]:

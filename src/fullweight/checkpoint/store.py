@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +34,7 @@ from fullweight.checkpoint import generations
 from fullweight.checkpoint.hashing import FileDigest, HashingWriter, digests
 from fullweight.checkpoint.manifest import CorruptError, Facts, Generation, Manifest, write_manifest
 from fullweight.checkpoint.peers import Peers
+from fullweight.core import durable
 from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError
 
@@ -64,16 +65,25 @@ class Stored:
 
 
 def save(
-    folder: Path, state: State, facts: Facts, *, keep: int | None = None, peers: Peers | None = None
+    folder: Path,
+    state: State,
+    facts: Facts,
+    *,
+    keep: int | None = None,
+    peers: Peers | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Saved:
     """Write `state` as a new generation under `folder`; all ranks of `peers` together, each its own shards.
 
+    `before` runs first, on rank 0: it puts on the disk what the state relies on.
     `keep` removes all but that many newest generations once the new one is verified and named. Raises
     CheckpointError when the disk refuses or returns other bytes than were written; earlier generations stay.
     """
     peers, began = peers or Peers(), time.perf_counter()
     crash_point("save.begin")
     with _disk_errors(f"could not write a checkpoint of step {facts.step} in {folder}"):
+        if before is not None:
+            peers.on_main(before)
         name = peers.on_main(lambda: _begin(folder, facts.step))
         writing = folder / f"{generations.WRITING}{name}"
         try:
@@ -100,11 +110,13 @@ def load(
 ) -> None:
     """Fill the tensors of `state` in place from a verified generation; their names and shapes are expected there.
 
-    For each first part of a name in `complete`, the generation must hold no further tensors. Raises
+    For each first part of a name in `complete`, the generation must hold no tensors that no rank asks for. Raises
     CheckpointError, before anything is written into a tensor, when names, shapes or dtypes differ.
     """
     peers = peers or Peers()
-    _check_tensors(generation, state, frozenset(complete))
+    # stages of a pipeline hold different tensors
+    everywhere = frozenset(name for names in peers.gather(list(state)) for name in names)
+    peers.together(lambda: _check_tensors(generation, state, everywhere, frozenset(complete)))
     crash_point("load.read")
     try:
         dcp.load(
@@ -140,6 +152,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def _begin(folder: Path, step: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
+    durable.sync(folder.parent)
     name = generations.new_name(folder, step)
     writing = folder / f"{generations.WRITING}{name}"
     if writing.exists():
@@ -198,8 +211,7 @@ def _commit(folder: Path, name: str, facts: Facts, files: dict[str, FileDigest])
     sha256 = write_manifest(writing, manifest)
     temporary = generations.write_pointer(folder, name, sha256)
     crash_point("save.rename")
-    writing.rename(folder / name)
-    generations.sync(folder)
+    durable.rename(writing, folder / name)
     generations.move_pointer(folder, temporary)
     return sha256
 
@@ -237,7 +249,9 @@ def _disk_refusal(error: BaseException) -> str | None:
     return str(error) if isinstance(error, OSError) else None
 
 
-def _check_tensors(generation: Generation, expected: State, complete: frozenset[str]) -> None:
+def _check_tensors(
+    generation: Generation, expected: State, everywhere: frozenset[str], complete: frozenset[str]
+) -> None:
     path, stored = generation.path, contents(generation)
     fix = "resume with the configuration that wrote it"
     for name, tensor in expected.items():
@@ -250,7 +264,7 @@ def _check_tensors(generation: Generation, expected: State, complete: frozenset[
             )
         if found.dtype != tensor.dtype:
             raise CheckpointError(f"{path}: {name} is {found.dtype}, this model expects {tensor.dtype}; {fix}")
-    left = sorted(name for name in stored.keys() - expected.keys() if name.partition(".")[0] in complete)
+    left = sorted(name for name in stored.keys() - everywhere if name.partition(".")[0] in complete)
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(f"{path} holds {left[0]}{more}, which this model does not have; {fix}")

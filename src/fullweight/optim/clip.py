@@ -18,15 +18,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, norms: Sequence[Tensor] | None = None) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    norms: Sequence[Tensor] | None = None,
+    across: dist.ProcessGroup | None = None,
+) -> Tensor:
     """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
 
     Returns the norm before scaling, a scalar. A norm that is not finite scales nothing: the caller's
     guard decides what to do with the step. Collective when a gradient is sharded; waits for the device.
-    `norms` are `local_norms` of the gradients that there are, when the caller has them.
+    `norms` are `local_norms` of the gradients that there are, when the caller has them. The ranks of `across`
+    hold different parameters of one model, and all call.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = global_norm(gradients, norms)
+    norm = global_norm(gradients, norms, across)
     value = norm.item()
     if math.isfinite(value) and value > max_norm:
         torch._foreach_mul_([_local(g) for g in gradients], max_norm / value)
@@ -42,13 +48,16 @@ def local_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def global_norm(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> Tensor:
-    """2-norm of all the tensors together (a scalar); collective over the meshes that shard them."""
+def global_norm(
+    tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None, across: dist.ProcessGroup | None = None
+) -> Tensor:
+    """2-norm of all the tensors together (a scalar); collective over `across` and the meshes that shard them."""
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for tensor, norm in zip(tensors, local_norms(tensors) if norms is None else norms, strict=True):
         by_groups.setdefault(_sharding_groups(tensor), []).append(norm)
     squares = [_sum_over(torch.stack(norms).square().sum(), groups) for groups, norms in by_groups.items()]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    total = torch.stack(squares).sum() if squares else torch.zeros(())
+    return _sum_over(total, () if across is None else (across,)).sqrt()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -1,11 +1,12 @@
 """A model made for one device becomes this rank's part of a layout: one function, one written order.
 
-1. Slice: the model learns which tokens of a row are this rank's, and whom to ask for the others.
-2. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
-3. Recompute: which activations are made again in backward.
-4. FSDP: what is cut over other ranks than the rest has its own mesh; gradients are summed, never averaged.
+1. Recompute: which activations are made again in backward.
+2. Stages: of a pipeline's blocks this rank keeps its own stages'.
+3. Slice: the model learns which tokens of a row are this rank's, and whom to ask for the others.
+4. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
+5. FSDP: what is cut over other ranks than the rest has its own mesh; gradients are summed, never averaged.
 
-Optimisers come after it, for FSDP replaces the parameters. Left out: pipeline stages.
+Optimisers come after it, for FSDP replaces the parameters.
 """
 
 from __future__ import annotations
@@ -25,14 +26,25 @@ from fullweight.parallel.context import SlicedTokens
 from fullweight.parallel.expert import ExpertExchange
 from fullweight.parallel.fsdp import shard
 from fullweight.parallel.mesh import Meshes, Ranks
+from fullweight.parallel.pipeline import Division
 
 
-def parallelize(model: DeepSeekV4, ranks: Ranks, config: ParallelConfig, units: Sequence[nn.Module]) -> None:
+def parallelize(
+    model: DeepSeekV4,
+    ranks: Ranks,
+    config: ParallelConfig,
+    units: Sequence[nn.Module],
+    division: Division | None = None,
+) -> None:
     """Lay `model` out over the ranks, in place; `units` are the modules that FSDP gathers one at a time.
 
-    All ranks must hold equal parameters, or parameters on the meta device.
+    All ranks must hold equal parameters, or parameters on the meta device. `division` is that of a pipeline.
     """
     model.set_recompute(config.recompute)
+    if division is not None:
+        model.keep(division.held_parts)
+        held = set(model.modules())
+        units = [unit for unit in units if unit in held]
     meshes = ranks.meshes
     if meshes is None:
         return

@@ -83,6 +83,40 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
+@contextmanager
+def accumulating(model: nn.Module) -> Iterator[None]:
+    """Within it backward passes add up gradients on each rank; they are reduced over ranks once, on leaving.
+
+    From its first use to the end, every parameter stays whole on every rank, and so do the gradients, in fp32. All
+    ranks must enter together and run forward passes of all units. Identity when unsharded.
+    """
+    units = list(_units(model))
+    if not units:
+        yield
+        return
+    root = fully_shard.state(model)  # type: ignore[attr-defined]
+    root._lazy_init()
+    for unit in units:
+        unit.set_is_last_backward(False)
+        unit.set_requires_gradient_sync(False, recurse=False)
+        unit.set_reshard_after_backward(False, recurse=False)
+        unit.set_reshard_after_forward(False, recurse=False)
+    groups = [group for state in root._state_ctx.all_states for group in state._fsdp_param_groups]
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter.reduce_dtype = None  # that of sums over micro-batches; the group has that of the exchange
+    yield
+    for unit in units:
+        unit.set_is_last_backward(True)
+        unit.set_requires_gradient_sync(True, recurse=False)
+        unit.set_reshard_after_backward(True, recurse=False)
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+    # what autograd's hooks would do after the only backward pass, and torch's own pipeline stages do like this
+    for group in groups:
+        group.post_backward()
+    root._root_post_backward_final_callback()
+
+
 def _units(model: nn.Module) -> Iterator[FSDPModule]:
     for module in model.modules():
         if isinstance(module, FSDPModule):

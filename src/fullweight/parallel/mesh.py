@@ -102,6 +102,12 @@ class Ranks:
         return self.layout.data_size
 
     @property
+    def stages(self) -> dist.ProcessGroup | None:
+        """The ranks with the other stages of this rank's pipeline; None without one."""
+        pipeline = None if self.meshes is None else self.meshes.pipeline
+        return None if pipeline is None else pipeline.get_group()
+
+    @property
     def counts_row(self) -> bool:
         """Whether this rank reports what all ranks of its row know; the others report zeros."""
         return self.layout.counts_row(self.rank)

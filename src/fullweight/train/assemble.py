@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fullweight.checkpoint.receipt import Receipt
-from fullweight.core.errors import ConfigError, DataError
+from fullweight.core.errors import DataError
 from fullweight.core.machine import require_disk
 from fullweight.core.types import Batch
 from fullweight.data import sources
@@ -27,9 +27,9 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import build_optimizers
 from fullweight.parallel.apply import parallelize
-from fullweight.parallel.config import Layout
 from fullweight.parallel.engine import Engine, PlainEngine
 from fullweight.parallel.mesh import Ranks
+from fullweight.parallel.pipeline import Division, PipelineEngine, divide
 from fullweight.train.config import RunConfig, check_vocabulary
 from fullweight.train.evaluate import Question
 from fullweight.train.guards import Guard
@@ -82,7 +82,6 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     Raises ConfigError, DataError or CheckpointError on anything wrong; writes nothing.
     """
     layout = config.layout(ranks.size)
-    _check_built(layout)
     check_trackers(config.trackers)
     architecture = config.model.architecture()
     check_memory(config, architecture, layout, ranks.device)
@@ -101,7 +100,8 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
     model = empty_model(config, architecture, ranks.device.type)
-    parallelize(model, ranks, config.parallel, sharding_units(model))
+    division = divide(model, ranks, config.parallel, config.data.row_tokens)
+    parallelize(model, ranks, config.parallel, sharding_units(model), division)
     model.to_empty(device=ranks.device)
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
     optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
@@ -117,7 +117,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         tokenizer=tokenizer,
         architecture=architecture,
         state=TrainState(model, optimizers, loader, ranks, guard, config.train.seed),
-        engine=PlainEngine(partial(config.method.forward, model)),
+        engine=_engine(config, model, ranks, division),
         guard=guard,
         held_out=loader.held_out_batches(),
         questions=questions,
@@ -126,14 +126,12 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     )
 
 
-_NOT_BUILT = ("pipeline",)
-
-
-def _check_built(layout: Layout) -> None:
-    """Raise ConfigError for axes that the layout rules know and training does not, so far."""
-    for axis in _NOT_BUILT:
-        if getattr(layout, axis) > 1:
-            raise ConfigError(f"parallel.{axis} ({getattr(layout, axis)}) is not available in this version; use 1")
+def _engine(config: RunConfig, model: DeepSeekV4, ranks: Ranks, division: Division | None) -> Engine:
+    if division is None:
+        return PlainEngine(partial(config.method.forward, model))
+    assert ranks.stages is not None
+    tokens = config.data.row_tokens
+    return PipelineEngine(model, config.method.forward, division, ranks.stages, ranks.device, tokens)
 
 
 def make_tokenizer(config: RunConfig) -> Tokenizer:
@@ -153,7 +151,7 @@ def check_disk(run: Run) -> None:
     if run.config.export.enabled:
         needed += _export_bytes(run)
     fix = "free some, choose another --output, or lower checkpoint.keep"
-    require_disk(run.folder.root, needed, "this run's checkpoints and export", fix)
+    require_disk(run.folder.root, needed, "keeping this run's checkpoints and export", fix)
 
 
 def _export_bytes(run: Run) -> int:

@@ -1,8 +1,9 @@
 """The ledger: one JSON object a line, appended as the run goes, the run's only record of numbers.
 
 Every line has `kind` (`step`, `eval`, `event`) and `step`. A line is one write of whole bytes, and a write
-that the disk cuts short is taken back, so that no reader meets half a line. On resume the lines past the
-checkpoint are dropped (those steps are about to be run again) and an event says how many.
+that the disk cuts short is taken back, so that no reader meets half a line. A line that the disk refuses is held
+back and written, in order, once there is room; no checkpoint is written before the lines up to it. On resume the
+lines past the checkpoint are dropped (those steps are about to be run again) and an event says how many.
 
 A checkpoint names the ledger's head, length and SHA-256 of all bytes up to there, so that it resumes only the run
 that wrote it. Rewinding keeps the lines' bytes, hence every earlier head.
@@ -14,51 +15,75 @@ import hashlib
 import json
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fullweight.checkpoint.manifest import LedgerHead
+from fullweight.core import durable
 from fullweight.core.errors import CheckpointError
 from fullweight.core.strict_json import parse_json
 
 
 class Ledger:
-    """Append-only JSON lines at `path`. Only rank 0 may hold one."""
+    """Append-only JSON lines at `path`. Only rank 0 may hold one; its threads may share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         there = path.read_bytes() if path.is_file() else b""
         self._hasher, self._size, self._lines = hashlib.sha256(there), len(there), there.count(b"\n")
+        self._held: deque[bytes] = deque()
+        self._lock = threading.Lock()
+        durable.sync(path.parent)
 
-    def append(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write one line; raises OSError when the disk refuses, leaving the earlier lines whole."""
+    @property
+    def held(self) -> int:
+        """Lines that wait for room on the disk."""
+        return len(self._held)
+
+    def append(self, kind: str, step: int, values: dict[str, Any]) -> OSError | None:
+        """Write one line, after those held back; returns the disk's refusal, with which the line is held too."""
         entry = {"kind": kind, "step": step, **_finite(values)}
         line = (json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n").encode()
-        before = os.fstat(self._descriptor).st_size
-        written = 0
-        try:
-            while written < len(line):
-                written += os.write(self._descriptor, line[written:])
-        except OSError:
-            if written:
-                os.ftruncate(self._descriptor, before)
-            raise
-        self._hasher.update(line)
-        self._size, self._lines = self._size + len(line), self._lines + 1
+        with self._lock:
+            self._hasher.update(line)
+            self._size, self._lines = self._size + len(line), self._lines + 1
+            self._held.append(line)
+            try:
+                self._write_held()
+            except OSError as error:
+                return error
+        return None
 
     def head(self) -> LedgerHead:
-        """What was written so far, on the disk."""
-        self.sync()
-        return LedgerHead(size_bytes=self._size, num_lines=self._lines, sha256=self._hasher.hexdigest())
+        """What was appended so far; `sync` makes sure that it is on the disk."""
+        with self._lock:
+            return LedgerHead(size_bytes=self._size, num_lines=self._lines, sha256=self._hasher.hexdigest())
 
     def sync(self) -> None:
-        """Force what was written to the disk: called beside each checkpoint."""
-        os.fsync(self._descriptor)
+        """Write what is held back and force all of it to the disk; raises OSError when the disk refuses."""
+        with self._lock:
+            self._write_held()
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _write_held(self) -> None:
+        while self._held:
+            line = self._held[0]
+            before, written = os.fstat(self._descriptor).st_size, 0
+            try:
+                while written < len(line):
+                    written += os.write(self._descriptor, line[written:])
+            except OSError as error:
+                if written:
+                    os.ftruncate(self._descriptor, before)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
+            self._held.popleft()
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -71,12 +96,9 @@ def rewind(path: Path, step: int) -> int:
     lines = list(_lines(path))
     kept = [(line, entry) for line, entry in lines if entry["step"] <= step]
     dropped = sum(e["kind"] == "step" for _, e in lines) - sum(e["kind"] == "step" for _, e in kept)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
-        stream.writelines(line + b"\n" for line, _ in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    content = b"".join(line + b"\n" for line, _ in kept)
+    if len(content) != path.stat().st_size:
+        durable.write(path, content)
     return dropped
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from fullweight.checkpoint.generations import Choice, OnCorrupt
+from fullweight.core.durable import sync, sync_tree
 from fullweight.core.errors import ConfigError
 from fullweight.core.strict_json import parse_json
 from fullweight.data.synth import check
@@ -125,7 +126,9 @@ def _write_head(run: Run) -> None:
     keep_origin(run.imported, run.folder)
     write_json(run.folder.model, run.architecture.to_published())
     write_json(run.folder.environment, environment(run.ranks.size, run.ranks.device))
-    write_json(run.folder.config, run.config.model_dump(mode="json"))
+    sync_tree(run.folder.root)
+    write_json(run.folder.config, run.config.model_dump(mode="json"))  # last: it makes this a run's folder
+    sync(run.folder.root.absolute().parent)
 
 
 def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], None]) -> Outcome:
@@ -248,8 +251,7 @@ def _evaluate_and_record(run: Run, records: Records) -> None:
     evaluation = evaluate(run)
     step = run.state.step
     records.write("eval", step, evaluation.as_dict())
-    if run.ranks.is_main:
-        write_json(run.folder.samples / f"step-{step}.json", [a.as_dict() for a in evaluation.answers])
+    records.keep(run.folder.samples / f"step-{step}.json", [a.as_dict() for a in evaluation.answers])
     if evaluation.losses:
         parts = [f"{name} {value:.4f}" for name, value in evaluation.losses.items()]
         if evaluation.score is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fullweight.models.deepseek_v4.flops import training_flops
-from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.peak import matmul_rates
 from fullweight.train.step import StepResult
@@ -68,7 +68,7 @@ def model_flops(model: DeepSeekV4, document_lengths: Sequence[int]) -> int:
     """FLOPs of one step over the documents, as `FLOPS_CONVENTION` or, with frozen parameters, the other one."""
     if not document_lengths:
         return 0
-    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    trains = {name: facts.trains for name, facts in parameters_of(model).items()}
     indexer = any(trains[name] for name in trains if ".indexer." in name)
     parts = training_flops(
         model.config,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fullweight.checkpoint.manifest import LedgerHead
 from fullweight.train.ledger import Ledger
 from fullweight.train.progress import Reporter
+from fullweight.train.run_folder import write_json
 from fullweight.train.trackers import Trackers, flatten
 
 
@@ -18,21 +20,53 @@ class Records:
     ledger: Ledger | None
     trackers: Trackers | None
     reporter: Reporter
+    _files: dict[Path, Any] = field(default_factory=dict)  # to be written, by path
+    _full: bool = False  # whether the disk refused something that is held back
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One ledger line, and its numbers to the trackers."""
+        """One ledger line, and its numbers to the trackers. What the disk refuses is held back and tried again."""
         if self.ledger is None:
             return
-        self.ledger.append(kind, step, values)
+        self._tell(self.ledger.append(kind, step, values) or self._write_files())
         if self.trackers is not None:
             self.trackers.log(step, flatten(values, "" if kind == "step" else f"{kind}/"))
 
+    def keep(self, path: Path, value: Any) -> None:
+        """Write a JSON file beside the ledger, now or once there is room."""
+        if self.ledger is not None:
+            self._files[path] = value
+            self._tell(self._write_files())
+
     def head(self) -> LedgerHead | None:
-        """The ledger so far, on disk; None on other ranks."""
+        """The ledger so far; None on other ranks."""
         return None if self.ledger is None else self.ledger.head()
+
+    def sync(self) -> None:
+        """Have every line so far on the disk; raises OSError when it refuses."""
+        if self.ledger is not None:
+            self.ledger.sync()
 
     def close(self) -> None:
         if self.ledger is not None:
             self.ledger.close()
         if self.trackers is not None:
             self.trackers.close()
+
+    def _write_files(self) -> OSError | None:
+        try:
+            for path in list(self._files):
+                write_json(path, self._files[path])
+                del self._files[path]
+        except OSError as error:
+            return error
+        return None
+
+    def _tell(self, refusal: OSError | None) -> None:
+        if refusal is not None and not self._full:
+            self._say(f"{refusal}; lines of the ledger are held back and written once there is room")
+        elif refusal is None and self._full:
+            self._say("there is room again, and every line that was held back is in the ledger")
+        self._full = refusal is not None
+
+    def _say(self, text: str) -> None:
+        self.reporter.say("[bold red]disk[/]: " + text.replace("[", "\\["))

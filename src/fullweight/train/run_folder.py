@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import torch
 
+from fullweight.core import durable
 from fullweight.core.errors import ConfigError
 
 _PACKAGES = ("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors")
@@ -111,9 +112,7 @@ def free_name(wanted: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write beside and rename, so that a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    durable.write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def environment(world_size: int, device: torch.device) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Saving:
         state = self.run.state
         if self._last_step == state.step:
             return
-        stall = self._saver.save(state.tensors(), facts(self.run, self.records.head()))
+        described = facts(self.run, self.records.head())
+        stall = self._saver.save(state.tensors(), described, self.records.sync)
         self._stalls[state.step], self._last_step = stall, state.step
         self.records.write("event", state.step, {"what": "checkpoint", "saving": state.step, **asdict(stall)})
         self.report()

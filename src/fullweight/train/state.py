@@ -112,8 +112,11 @@ class TrainState:
             names = by_prefix.pop(prefix, [])
             if names:
                 room[prefix] = {name: _empty(stored[name], parameter, optimizer) for name in names}
-        if by_prefix:
-            found, left = next(iter(by_prefix)), len(by_prefix) - 1
+        # stages of a pipeline train different parameters
+        everywhere = {prefix for prefixes in self.ranks.gather(list(room)) for prefix in prefixes}
+        unknown = [prefix for prefix in by_prefix if prefix not in everywhere]
+        if unknown:
+            found, left = unknown[0], len(unknown) - 1
             more = f" and {left} more" if left else ""
             raise CheckpointError(
                 f"{generation.path} holds {found}{more}, and this run trains no such parameter with that "

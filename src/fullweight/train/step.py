@@ -23,6 +23,7 @@ from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
 from fullweight.methods import Method
+from fullweight.models.deepseek_v4.model import parameters_of
 from fullweight.optim.clip import clip_grad_norm, local_norms
 from fullweight.parallel.engine import Engine
 from fullweight.parallel.mesh import Ranks
@@ -110,7 +111,7 @@ def training_step(
     expert_counts = ranks.reduce(shares.expert_counts)
     norms = local_norms(p.grad for p in model.parameters() if p.grad is not None)
     without_gradient = _without_gradient(model, norms, ranks)
-    grad_norm = clip_grad_norm(model.parameters(), clip_norm, norms).item()
+    grad_norm = clip_grad_norm(model.parameters(), clip_norm, norms, across=ranks.stages).item()
     refusal = guard.refusal(means, grad_norm)
     if refusal is None:
         for optimizer in optimizers:
@@ -189,15 +190,16 @@ def _without_gradient(model: nn.Module, norms: Sequence[Tensor], ranks: Ranks) -
 
     `norms` are those of the gradients that there are, in the model's order.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    reached = torch.zeros(len(named))
-    present = [i for i, (_, p) in enumerate(named) if p.grad is not None]
+    names = [name for name, facts in parameters_of(model).items() if facts.trains]
+    place = {name: i for i, name in enumerate(names)}
+    reached = torch.zeros(len(names))
+    present = [(place[n], p.grad) for n, p in model.named_parameters() if p.grad is not None]
     flags = (torch.stack(list(norms)) != 0).float().cpu() if norms else torch.zeros(0)  # NaN counts as reached
-    for i, flag in zip(present, flags.tolist(), strict=True):
+    for (i, gradient), flag in zip(present, flags.tolist(), strict=True):
         # squares of gradients below 1e-23 vanish, and so may a norm
-        reached[i] = flag or float(_local(named[i][1].grad).any())  # type: ignore[arg-type]
+        reached[i] = flag or float(_local(gradient).any())
     reached = ranks.reduce(reached, "max")
-    return tuple(name for (name, _), flag in zip(named, reached.tolist(), strict=True) if not flag)
+    return tuple(name for name, flag in zip(names, reached.tolist(), strict=True) if not flag)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fullweight.models.deepseek_v4.block import Block
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import stacks
 from fullweight.models.deepseek_v4.indexer import Indexer
-from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 
 ALL = ("*",)
 _BIAS = ".ffn.gate.bias"
@@ -49,8 +49,8 @@ class ParameterCount:
 
     @staticmethod
     def of(model: nn.Module) -> ParameterCount:
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        return ParameterCount(sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains))
+        facts = parameters_of(model).values()
+        return ParameterCount(sum(p.size for p in facts), sum(p.size for p in facts if p.trains))
 
 
 def select(architecture: DeepSeekV4Config, trainable: Sequence[str], frozen: Sequence[str]) -> frozenset[str]:

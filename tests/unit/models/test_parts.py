@@ -37,10 +37,12 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(cuts: tuple[int, ...])
     received: list[tuple[Tensor, ...]] = [()]
     for model, part in zip(models, parts, strict=True):
         outputs.append(model(batch, part=part, received=received[-1]))
-        received.append(tuple(t.detach().requires_grad_() for t in outputs[-1].payload))
-    for output, after in list(zip(outputs, received[1:], strict=True))[::-1]:
+        handed_on = () if part.is_last else (*outputs[-1].payload, *received[-1][len(outputs[-1].payload) :])
+        received.append(tuple(t.detach().requires_grad_() for t in handed_on))
+    for output, before, after in list(zip(outputs, received, received[1:], strict=False))[::-1]:
         losses = [value for value in output.losses.values() if value.requires_grad]  # a part may have none
-        torch.autograd.backward((*losses, *output.payload), (*(None for _ in losses), *(t.grad for t in after)))
+        handed_on = (*output.payload, *before[len(output.payload) :]) if after else ()
+        torch.autograd.backward((*losses, *handed_on), (*(None for _ in losses), *(t.grad for t in after)))
 
     for name, value in expected.losses.items():
         found = torch.stack([o.losses[name] for o in outputs if name in o.losses]).sum()

@@ -1,6 +1,8 @@
 """The ledger survives torn writes, full disks and resumed steps."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -65,9 +67,32 @@ def test_damage_in_the_middle_names_the_line(tmp_path: Path) -> None:
         list(ledger.read(path))
 
 
-def test_a_full_disk_is_reported_by_the_write() -> None:
-    """/dev/full refuses every byte: the caller sees OSError, not silence."""
-    log = Ledger(Path("/dev/full"))
-    with pytest.raises(OSError, match="No space left"):
-        log.append("step", 1, {})
+def test_lines_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, or cut in the middle of a write: nothing of it stays; with room again all are there, in order.
+
+    The head counts lines that wait, and `sync`, which a checkpoint calls first, does not let them wait.
+    """
+    path = tmp_path / "l.jsonl"
+    log, write, room = Ledger(path), os.write, [30]
+
+    def short(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = write(descriptor, data[: room[0]])
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "write", short)
+    refusals = [log.append("step", step, {}) for step in (1, 2, 3)]
+    assert refusals[0] is None
+    assert [r is not None and "No space left" in str(r) for r in refusals[1:]] == [True, True]
+    assert path.read_bytes() == b'{"kind":"step","step":1}\n'
+    assert (log.held, log.head().num_lines) == (2, 3)
+    with pytest.raises(OSError, match=r"No space left on device.*l\.jsonl"):
+        log.sync()
+    room[0] = 10**6
+    assert log.append("step", 4, {}) is None
+    assert [e["step"] for e in ledger.read(path)] == [1, 2, 3, 4]
+    assert ledger.not_under(path, log.head()) is None
+    log.sync()
     log.close()

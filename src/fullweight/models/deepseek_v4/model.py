@@ -42,14 +42,29 @@ class ModelOutput:
     position's target, no gradient. expert_counts [MoE layers, experts] int64: tokens routed, padding excluded;
     row i is main layer i, the MTP block's row comes last. Of a slice of a row, all of it is the slice's share.
 
-    A part of the model that is not the last gives what the next one is to receive (`payload`), and of the rest its
-    own blocks' share: no loss of the head, no log_probs, the rows of its own layers.
+    A part of the model that is not the last gives what the next one is to receive (`payload`; what it received
+    beyond that is to be passed on), and of the rest its own blocks' share: no loss of the head, no log_probs, the
+    rows of its own layers.
     """
 
     losses: dict[str, Tensor]
     log_probs: Tensor
     expert_counts: Tensor
     payload: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParameterFacts:
+    """Entries of a parameter, wherever they are held, and whether it trains."""
+
+    size: int
+    trains: bool
+
+
+def parameters_of(model: nn.Module) -> dict[str, ParameterFacts]:
+    """Every parameter by name, in order; those of the whole model also where only parts of it are held."""
+    known: dict[str, ParameterFacts] = getattr(model, "every_parameter", {})
+    return known or {n: ParameterFacts(p.numel(), p.requires_grad) for n, p in model.named_parameters()}
 
 
 class Absent(nn.Module):
@@ -90,9 +105,14 @@ class DeepSeekV4(nn.Module):
         register_hyper_head(self, config)
         self.mtp = nn.ModuleList(MtpBlock(config, self.ops) for _ in range(config.num_nextn_predict_layers))
         self.whole = parts_of([config.num_hidden_layers])[0]
+        self.every_parameter: dict[str, ParameterFacts] = {}
 
     def keep(self, parts: Sequence[Part]) -> None:
-        """Give up the blocks that none of `parts` runs; the others keep their names."""
+        """Give up the blocks that none of `parts` runs; the others keep their names.
+
+        What the whole model was is kept in `every_parameter`.
+        """
+        self.every_parameter = self.every_parameter or parameters_of(self)
         layers = {layer for part in parts for layer in part.layers}
         for layer in range(len(self.layers)):
             if layer not in layers:
@@ -125,7 +145,7 @@ class DeepSeekV4(nn.Module):
             embedded = self._embed(self._tokens_and_next(batch.tokens))
             streams, following = self._spread(embedded[:-1]), embedded[1:]
         else:
-            streams, following = received
+            streams, following = received[0], received[-1]
         streams = self._trunk(streams, context, part.layers)
         losses, log_probs = {}, streams.new_empty(0, dtype=torch.float32)
         if part.is_last:
@@ -136,13 +156,19 @@ class DeepSeekV4(nn.Module):
             if part.is_last and self.mtp:
                 losses["mtp"] = self._predict_ahead(streams, following, batch, context)
             losses |= context.aux.sums(streams.device)
-        payload = () if part.is_last else (streams, following)
+        payload: tuple[Tensor, ...] = () if part.is_last else (streams,)
+        if part.is_first and payload and self.mtp:
+            payload = (streams, following.clone())  # no view: sharding hooks follow tensors, not their views
         return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts), payload)
 
     def payload_shapes(self, num_tokens: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what one part hands to the next for a row of so many tokens, in the compute dtype."""
+        """Shapes of what a part receives of a row of so many tokens, in the compute dtype.
+
+        They are the streams and, where there is an MTP block to read it, the embedding of each token's next one.
+        """
         here, width = num_tokens // self.axis.slice.count, self.config.hidden_size
-        return (here, self.config.hc_mult, width), (here, width)
+        streams = (here, self.config.hc_mult, width)
+        return (streams, (here, width)) if self.mtp else (streams,)
 
     def loss_counts(self, batch: Batch) -> dict[str, float]:
         """What each loss sum is divided by, summed over the global batch: known before the forward pass.
