@@ -22,6 +22,7 @@ from fullweight.cli.convert import convert_app
 from fullweight.cli.data import data_app
 from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
+from fullweight.cli.rehearse import rehearse_command
 from fullweight.cli.resume import resume_command
 from fullweight.cli.train import INTERRUPTED, tell_launcher, train_command
 from fullweight.core.errors import FullweightError
@@ -36,6 +37,7 @@ app.command("resume")(resume_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)
+app.command("rehearse")(rehearse_command)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")

@@ -16,6 +16,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -68,8 +71,23 @@ def load_library(source: Path, *options: str) -> ctypes.CDLL:
         raise OperationError(f"{library} does not load ({error}); delete it to have it compiled anew") from None
 
 
+_silent: ContextVar[bool] = ContextVar("kernels are left out", default=False)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside it kernels are not run: their results keep whatever was there, which tensors without data allow."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def call(name: str, *arguments: Tensor | int | float | None, dtype: torch.dtype = torch.float32) -> None:
     """Run a kernel's version for `dtype` (float32 or bfloat16); tensors are passed as they lie in memory."""
+    if _silent.get():
+        return
     suffix = "h" if dtype == torch.bfloat16 else "f"
     getattr(kernels(), f"{name}_{suffix}")(*map(_argument, arguments))
 

@@ -46,15 +46,15 @@ class _Book:
     """The recipes of one block's forward pass."""
 
     def __init__(self) -> None:
-        self.entries: dict[int, tuple[weakref.ref[Tensor], Recipe]] = {}  # by address
+        self.entries: dict[tuple[int, int], tuple[weakref.ref[Tensor], Recipe]] = {}  # by place in memory
 
     def find(self, tensor: Tensor) -> Tensor | Recipe:
         """The tensor's recipe, or the tensor without its graph, in which a saved output would hold itself."""
-        if tensor.data_ptr() in self.entries:
-            reference, recipe = self.entries[tensor.data_ptr()]
-            result = reference()  # dead once freed: its address may since belong to another tensor
-            if result is not None and _same(result, tensor):
-                return recipe
+        reference, recipe = self.entries.get(_place(tensor), (None, None))
+        # the reference is dead once the result is freed: its place may since belong to another tensor
+        result = reference() if reference is not None else None
+        if recipe is not None and result is not None and _same(result, tensor):
+            return recipe
         return tensor.detach()
 
 
@@ -89,7 +89,12 @@ def offer(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> N
     book = _open.get()
     if book is not None:
         recipe = Recipe(function, tuple(book.find(t) for t in inputs))
-        book.entries[result.data_ptr()] = weakref.ref(result), recipe
+        book.entries[_place(result)] = weakref.ref(result), recipe
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins: its storage and the offset in it, which tensors without data have too."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def remade(
@@ -122,5 +127,5 @@ def _without_recipes(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors at one address are one."""
+    """Whether tensors at one place are one."""
     return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())

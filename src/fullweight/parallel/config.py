@@ -78,6 +78,13 @@ class Layout:
         """Which experts: position on the expert axis."""
         return rank % self.dense % self.expert
 
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Position on every axis that ranks are counted along."""
+        places, rest = {}, rank
+        for axis in ("tensor", "context", "shard", "replicate", "pipeline"):
+            rest, places[axis] = divmod(rest, getattr(self, axis))
+        return places
+
     def counts_row(self, rank: int) -> bool:
         """Whether this rank speaks for its row where a row must count once: tokens, normalisers, lengths."""
         return self.stage(rank) == 0 and self.slice_index(rank) == 0

@@ -62,16 +62,22 @@ class ExpertExchange:
         order = torch.sort(flat, stable=True).indices
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        to_each = torch.bincount(flat, minlength=self.size * num_local).view(self.size, num_local)
+        counts = flat.new_zeros(self.size * num_local).scatter_add(0, flat, torch.ones_like(flat))
+        to_each = counts.view(self.size, num_local)
         from_each = torch.empty_like(to_each)
         dist.all_to_all_single(from_each, to_each, group=self.group)
-        sent, received = self.sizes(to_each, from_each)
+        sent, received = self.sizes(to_each, from_each, *chosen.shape)
         experts = torch.arange(num_local, device=flat.device).repeat(self.size)
         experts = experts.repeat_interleave(from_each.flatten(), output_size=sum(received)).unsqueeze(1)
         return Plan(chosen.shape[1], order, place, sent, received, experts)
 
-    def sizes(self, to_each: Tensor, from_each: Tensor) -> tuple[list[int], list[int]]:
-        """Rows to and from each rank, of counts [ranks, local experts]: the one place that reads values."""
+    def sizes(
+        self, to_each: Tensor, from_each: Tensor, num_tokens: int, top_k: int
+    ) -> tuple[list[int], list[int]]:
+        """Rows to and from each rank, of counts [ranks, local experts]: the one place that reads values.
+
+        `num_tokens` x `top_k` choices are sent. Tensors without values answer by what a routing would give.
+        """
         return to_each.sum(1).tolist(), from_each.sum(1).tolist()
 
 

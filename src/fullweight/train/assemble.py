@@ -75,6 +75,39 @@ class Run:
         return self.config.train.rows_per_step // self.ranks.data_size
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The model laid out over the ranks, its weights not filled yet, and what steps it."""
+
+    model: DeepSeekV4
+    engine: Engine
+    optimizers: list[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """This rank's part of the recipe's model, without storage, and the stages of its pipeline, if there is one."""
+
+    model: DeepSeekV4
+    division: Division | None
+
+
+def plan_model(config: RunConfig, ranks: Ranks, architecture: DeepSeekV4Config) -> Plan:
+    """Lay the model out over the ranks; nothing of its size is in memory yet."""
+    model = empty_model(config, architecture, ranks.device.type)
+    division = divide(model, ranks, config.parallel, config.data.row_tokens)
+    parallelize(model, ranks, config.parallel, sharding_units(model), division)
+    return Plan(model, division)
+
+
+def parts_of(plan: Plan, config: RunConfig, ranks: Ranks) -> Parts:
+    """Give the planned model storage, not filled, and the recipe's engine and optimisers."""
+    model = plan.model
+    model.to_empty(device=ranks.device)
+    optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
+    return Parts(model, _engine(config, model, ranks, plan.division), optimizers)
+
+
 def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folder: Path | None = None) -> Run:
     """Build all parts; `tokenizer_folder` is where a run that is resumed kept its tokenizer.
 
@@ -99,12 +132,9 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     )
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
-    model = empty_model(config, architecture, ranks.device.type)
-    division = divide(model, ranks, config.parallel, config.data.row_tokens)
-    parallelize(model, ranks, config.parallel, sharding_units(model), division)
-    model.to_empty(device=ranks.device)
+    parts = parts_of(plan_model(config, ranks, architecture), config, ranks)
+    model = parts.model
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
-    optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
     questions = _questions(config, loader.held_out_samples(), tokenizer)
     if questions:
         check_room_for_copy(model, ranks)
@@ -116,8 +146,8 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         ranks=ranks,
         tokenizer=tokenizer,
         architecture=architecture,
-        state=TrainState(model, optimizers, loader, ranks, guard, config.train.seed),
-        engine=_engine(config, model, ranks, division),
+        state=TrainState(model, parts.optimizers, loader, ranks, guard, config.train.seed),
+        engine=parts.engine,
         guard=guard,
         held_out=loader.held_out_batches(),
         questions=questions,

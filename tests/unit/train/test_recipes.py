@@ -68,5 +68,7 @@ def test_every_recipe_is_covered() -> None:
     """A new recipe that trains all parameters has to be in the list above."""
     whole = {"tiny_smoke", "quickstart", "small_sft_or", "small_cpt_or"}
     for path in sorted((ROOT / "recipes").glob("*.toml")):
+        if path.stem.startswith("v4_"):  # too large to step here; tests/unit/rehearse/test_recipes.py has them
+            continue
         config = RunConfig.from_toml(path)
         assert (path.stem in whole) == (config.train.trained_names(config.model.architecture()) is None), path.stem

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fullweight.core.types import CompressionTable, PackedLayout
 from fullweight.ops.cpu.rows import add_rows, gather_rows
+from fullweight.ops.cpu.sizes import sizes
 from fullweight.ops.native import call
 from fullweight.ops.reference import Compressed
 
@@ -137,8 +138,7 @@ def entry_span(table: CompressionTable, a: int, b: int, num_entries: int) -> tup
 
     Its length is rounded up where there are entries: oneDNN prepares every shape of a product anew.
     """
-    last = min(b, table.entry_begin.shape[0]) - 1
-    first, end = int(table.entry_begin[a]), int(table.entry_end[last])
+    first, end = sizes().entries(table, a, b)
     step = 64 if end - first > 256 else 16
     return first, min(first + -(-(end - first) // step) * step, num_entries)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fullweight.ops.cpu.rows import combine, gather_rows
+from fullweight.ops.cpu.sizes import sizes
 from fullweight.ops.cpu.swiglu import swiglu_rows
 from fullweight.ops.late import Late
 from fullweight.ops.native import call
@@ -126,15 +127,14 @@ class DispatchPlan:
     @staticmethod
     def of(chosen: Tensor, num_experts: int) -> DispatchPlan:
         flat = chosen.flatten()
-        real = torch.bincount(flat, minlength=num_experts)
-        block = torch.where(real > TILE // 2, 64, 32)
-        padded = (real + block - 1) // block * block
+        real = flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
+        padded = real + (-real) % torch.where(real > TILE // 2, 64, 32)
         first_real, first = real.cumsum(0) - real, padded.cumsum(0) - padded
         order = torch.sort(flat, stable=True).indices
         row = torch.arange(flat.shape[0]) + (first - first_real)[flat[order]]
         place = torch.empty_like(order)
         place[order] = row
-        counts = padded.tolist()
+        counts = sizes().rows(padded, len(flat))
         token = torch.zeros(sum(counts), dtype=torch.int64)
         token[row] = order // chosen.shape[1]
         return DispatchPlan(len(token), token, place, counts)
@@ -148,6 +148,11 @@ class DispatchPlan:
                 rows, last = rows + self.counts[last], last + 1
             yield Group(slice(expert, last), slice(row, row + rows), self.counts[expert:last])
             expert, row = last, row + rows
+
+
+def rounded_rows(rows: int) -> int:
+    """What a plan rounds an expert's rows up to."""
+    return rows + -rows % (64 if rows > TILE // 2 else 32)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from fullweight.core.types import CompressionTable
 from fullweight.ops.cpu.attention import BLOCK, CHUNK, entry_span
 from fullweight.ops.cpu.rows import add_rows, gather_rows
+from fullweight.ops.cpu.sizes import sizes
 from fullweight.ops.native import call
 
 INDEX_SCORES = 1 << 21  # index products that exist at the same time
@@ -26,7 +27,8 @@ def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: Compre
         return selected
     a = 0
     while a < total:
-        reach = max(int(table.entry_end[min(a + CHUNK, total) - 1]) - int(table.entry_begin[a]), 1)
+        reached = sizes().entries(table, a, a + CHUNK)
+        reach = max(reached[1] - reached[0], 1)
         size = min(CHUNK, INDEX_SCORES // (heads * reach)) // BLOCK * BLOCK
         b = min(a + max(BLOCK, size), total)
         first, last = entry_span(table, a, b, keys.shape[0])

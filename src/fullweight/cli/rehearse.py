@@ -1,0 +1,71 @@
+"""`fullweight rehearse`: one training step of a large layout, traced on this machine without its memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fullweight.core.errors import ConfigError
+
+
+def rehearse_command(
+    recipe: Annotated[Path, typer.Argument(help="a TOML recipe")],
+    *,
+    ranks: Annotated[int, typer.Option(min=1, help="ranks of the job, one for each die or GPU")],
+    chip: Annotated[str, typer.Option(help="each rank's device, by its name in the table")] = "ascend-910c",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated")
+    ] = None,
+    routing: Annotated[
+        str, typer.Option(help="load of the experts: uniform, worst, or a run folder whose largest load is taken")
+    ] = "uniform",
+    micro_batches: Annotated[
+        int | None, typer.Option(min=1, help="rows traced of a step; enough for the peak when absent")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="roles traced at the same time")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write everything here")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="write a page with curves here")] = None,
+) -> None:
+    """Memory, collectives and FLOPs of each role in a training step, and whether it fits the chip.
+
+    Exits with 2 when a role does not fit. A projection: nothing runs on a chip.
+    """
+    from rich.console import Console
+
+    from fullweight.planner.chips import chip as find_chip
+    from fullweight.rehearse.report import exchange_table, memory_table, write_page
+    from fullweight.rehearse.routing import Routing
+    from fullweight.rehearse.run import rehearse, roles_of
+    from fullweight.train.config import RunConfig
+
+    for file in (json_file, html_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+    config = RunConfig.from_toml(recipe, overrides or [])
+    device = find_chip(chip)
+    load = Routing.parse(routing)
+    progress = Console(stderr=True)
+    total = len(roles_of(config.layout(ranks)))
+    with progress.status(f"tracing {total} role(s)"):
+        rehearsal = rehearse(
+            config,
+            str(recipe),
+            ranks,
+            device,
+            load,
+            micro_batches=micro_batches,
+            processes=processes,
+            done=lambda result: progress.print(f"{result.role}: traced in {result.trace_seconds:.0f} s"),
+        )
+    console = Console()
+    console.print(memory_table(rehearsal))
+    console.print(exchange_table(rehearsal))
+    if json_file is not None:
+        json_file.write_text(json.dumps(rehearsal.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if html_file is not None:
+        write_page(rehearsal, html_file)
+    if not rehearsal.all_fit:
+        raise typer.Exit(2)

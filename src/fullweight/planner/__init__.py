@@ -1,0 +1,1 @@
+"""Arithmetic about chips and layouts that needs no torch."""

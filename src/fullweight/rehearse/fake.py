@@ -1,0 +1,91 @@
+"""Tensors without data in place of a machine with thousands of ranks.
+
+`fake_ranks` joins a process group whose collectives do nothing; `reading_ones` lets the step's own code read
+values on the host (norms, counts, verdicts): every such value is 1, so that a finite loss is seen and the step is
+applied. Sizes that depend on values do not come from there but from `routing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # what collectives give for tensors without data
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.pipelining import schedules
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fullweight.parallel.config import Layout
+from fullweight.parallel.mesh import Ranks
+
+T = TypeVar("T")
+
+
+@contextmanager
+def fake_ranks(rank: int, layout: Layout) -> Iterator[Ranks]:
+    """This process as one rank of many that are not there; meshes are built. One at a time in a process."""
+    dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
+    original = schedules._batch_p2p
+    schedules._batch_p2p = lambda ops, desc=None: [_Held(original(ops, desc), ops)]  # type: ignore[assignment, list-item]
+    try:
+        yield Ranks(rank, layout.world, torch.device("cpu")).laid_out(layout)
+    finally:
+        schedules._batch_p2p = original
+        dist.destroy_process_group()
+
+
+class _Held:
+    """Sends and receives under way: as real ones do, they keep their tensors until the schedule drops them."""
+
+    def __init__(self, works: list[dist.Work], operations: list[dist.P2POp]) -> None:
+        self.works, self.tensors = works, [operation.tensor for operation in operations]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+def without_data(value: T, mode: FakeTensorMode) -> T:
+    """The same tensor, dict or dataclass of tensors, without data."""
+    made: Any = value
+    if isinstance(value, Tensor):
+        made = mode.from_tensor(value)
+    elif isinstance(value, dict):
+        made = {key: without_data(item, mode) for key, item in value.items()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        made = replace(value, **{f.name: without_data(getattr(value, f.name), mode) for f in fields(value)})
+    return made
+
+
+class _Ones(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reading_ones() -> Iterator[None]:
+    """Inside it a value read from a tensor without data is 1."""
+    original = torch.Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        if not isinstance(tensor, FakeTensor):
+            return original(tensor)
+        one: Any = 1.0 if tensor.dtype.is_floating_point else 1
+        for size in reversed(tensor.shape):
+            one = [one] * size
+        return one
+
+    torch.Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
+    try:
+        with _Ones():
+            yield
+    finally:
+        torch.Tensor.tolist = original  # type: ignore[method-assign]

@@ -1,0 +1,120 @@
+"""A rehearsal for people: tables on the terminal, and one page with a memory curve and the exchanges of each role.
+
+The page is one file that needs no network; its pictures are inside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from pathlib import Path
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot
+from rich.table import Table
+
+from fullweight.rehearse.memory import CATEGORIES
+from fullweight.rehearse.result import Rehearsal, RoleResult
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_GIB = 2**30
+_COLOURS = ("#31456b", "#5b7db1", "#7aa6a1", "#9a7fb0", "#d98b4a", "#c9b458", "#b0b4ba")
+
+
+def memory_table(rehearsal: Rehearsal) -> Table:
+    """Peak of each role by category, in GiB."""
+    layout = " x ".join(f"{axis} {size}" for axis, size in rehearsal.layout.items() if size > 1) or "one rank"
+    table = Table(title=f"{rehearsal.num_ranks} ranks of {rehearsal.chip}: {layout}; GiB at each role's peak")
+    table.add_column("role")
+    table.add_column("ranks", justify="right")
+    for category in CATEGORIES:
+        table.add_column(str(category), justify="right")
+    for title in ("peak", "usable", "fits"):
+        table.add_column(title, justify="right")
+    table.add_column("where")
+    for role in rehearsal.roles:
+        parts = [f"{role.peak_by_category[str(c)] / _GIB:.2f}" for c in CATEGORIES]
+        usable = rehearsal.usable_bytes[role.role]
+        fits = rehearsal.fits(role)
+        verdict = "[green]yes[/]" if fits else "[bold red]no[/]"
+        numbers = (*parts, f"{role.peak_bytes / _GIB:.2f}", f"{usable / _GIB:.1f}", verdict)
+        table.add_row(role.role, str(role.num_ranks), *numbers, role.peak_module)
+    return table
+
+
+def exchange_table(rehearsal: Rehearsal) -> Table:
+    """What each role gives to collectives in a step, by axis and kind."""
+    table = Table(title=f"collectives of {rehearsal.rows_traced} micro-batches: count, GiB given by the rank")
+    table.add_column("role")
+    for title in ("axis", "ranks", "kind", "count", "GiB"):
+        table.add_column(title, justify="right")
+    for role in rehearsal.roles:
+        counts, sizes, widths = Counter[tuple[str, str]](), Counter[tuple[str, str]](), {}
+        for e in role.exchanges:
+            counts[e.axis, e.kind] += e.count
+            sizes[e.axis, e.kind] += e.num_bytes
+            widths[e.axis, e.kind] = e.axis_size
+        for key, size in sizes.most_common():
+            row = (key[0], str(widths[key]), key[1], f"{counts[key]:,}", f"{size / _GIB:.3f}")
+            table.add_row(role.role, *row)
+    return table
+
+
+def write_page(rehearsal: Rehearsal, path: Path) -> None:
+    """Write the HTML page beside its final name, then give it that."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("rehearsal.html").render(
+        rehearsal=rehearsal,
+        categories=[str(c) for c in CATEGORIES],
+        gib=_GIB,
+        curves={role.role: _curve(role, rehearsal.usable_bytes[role.role]) for role in rehearsal.roles},
+        matrix=_matrix(rehearsal),
+        flops={role.role: sum(role.flops_by_operation.values()) for role in rehearsal.roles},
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _curve(role: RoleResult, usable: int) -> str:
+    figure, axis = pyplot.subplots(figsize=(9, 3.2))
+    series = [np.array(role.timeline.by_category[str(c)]) / _GIB for c in CATEGORIES]
+    axis.stackplot(role.timeline.moments, *series, labels=[str(c) for c in CATEGORIES], colors=_COLOURS)
+    axis.axhline(usable / _GIB, color="#a12622", linewidth=1, linestyle="--", label="usable on the chip")
+    axis.set(xlabel="operations", ylabel="GiB", title=f"{role.role}: memory through the step")
+    axis.legend(frameon=False, fontsize=7, ncols=4, loc="upper left")
+    axis.set_ylim(0, max(usable, role.peak_bytes) / _GIB * 1.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _matrix(rehearsal: Rehearsal) -> str:
+    axes = sorted({e.axis for role in rehearsal.roles for e in role.exchanges})
+    values = np.zeros((len(rehearsal.roles), max(len(axes), 1)))
+    for i, role in enumerate(rehearsal.roles):
+        for exchange in role.exchanges:
+            values[i, axes.index(exchange.axis)] += exchange.num_bytes / _GIB
+    figure, plot = pyplot.subplots(figsize=(2.5 + 1.3 * len(axes), 1.2 + 0.35 * len(rehearsal.roles)))
+    image = plot.imshow(values, cmap="Blues", aspect="auto")
+    plot.set_xticks(range(len(axes)), axes, rotation=20)
+    plot.set_yticks(range(len(rehearsal.roles)), [role.role for role in rehearsal.roles])
+    for (i, j), value in np.ndenumerate(values):
+        plot.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="#1c1f24")
+    figure.colorbar(image, label="GiB given in a step")
+    plot.set_title("communication: role by mesh axis")
+    return _png(figure)
+
+
+def _png(figure: pyplot.Figure) -> str:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()

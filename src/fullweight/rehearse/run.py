@@ -1,0 +1,115 @@
+"""A whole rehearsal: which ranks differ, each traced in a process of its own, and the chip they are held against.
+
+Ranks of one pipeline stage and one slice of the row do the same work on tensors of the same sizes, so one of them
+is traced: of the ranks that share parameters unevenly, the first, which holds most. With context parallelism a
+stage's first and last slice stand for all (the last sees most entries); tensor ranks of one span differ only in a
+few rows of the indexer, and the last stands for them.
+
+The memory of a pipeline is highest once all its micro-batches in flight are there, which takes twice as many as
+there are stages; more of the same repeat it. So that many are traced unless told otherwise, and counts of
+collectives and FLOPs are of the micro-batches that were.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+from fullweight.core.errors import ConfigError
+from fullweight.parallel.config import Layout
+from fullweight.planner.chips import Chip
+from fullweight.rehearse.result import Rehearsal, RoleResult
+from fullweight.rehearse.role import Assignment, trace
+from fullweight.rehearse.routing import Routing
+from fullweight.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Role:
+    """Ranks that do the same; `rank` is the one that is traced."""
+
+    name: str
+    rank: int
+    num_ranks: int
+
+
+def roles_of(layout: Layout) -> list[Role]:
+    """The distinct roles, in the order of their ranks.
+
+    >>> [(r.name, r.rank) for r in roles_of(Layout(pipeline=2, shard=4))]
+    [('stage 0', 0), ('stage 1', 4)]
+    """
+    roles = []
+    per_stage = layout.replicate * layout.dense
+    for stage in range(layout.pipeline):
+        name = f"stage {stage}" if layout.pipeline > 1 else "all ranks"
+        last = layout.num_slices - 1
+        if layout.context == 1:
+            roles.append(Role(name, stage * per_stage + last, per_stage))
+            continue
+        alike = per_stage // layout.num_slices * layout.tensor
+        roles.append(Role(f"{name}, first slice", stage * per_stage, alike))
+        roles.append(Role(f"{name}, last slice", stage * per_stage + last, per_stage - alike))
+    return roles
+
+
+def rehearse(
+    config: RunConfig,
+    source: str,
+    num_ranks: int,
+    chip: Chip,
+    routing: Routing,
+    *,
+    micro_batches: int | None = None,
+    processes: int = 1,
+    done: Callable[[RoleResult], None] = lambda _: None,
+) -> Rehearsal:
+    """Trace every role; `done` is told each result as it comes. Raises ConfigError for what cannot be laid out."""
+    layout = config.layout(num_ranks)
+    rows = config.train.rows_per_step // layout.data_size
+    traced = _micro_batches(layout, rows, micro_batches)
+    assignments = [
+        Assignment(config, role.name, role.rank, num_ranks, role.num_ranks, traced, routing)
+        for role in roles_of(layout)
+    ]
+    results: dict[str, RoleResult] = {}
+    for result in _traced(assignments, processes):
+        results[result.role] = result
+        done(result)
+    ordered = [results[assignment.role] for assignment in assignments]
+    return Rehearsal(
+        recipe=source,
+        layout=layout.axes(),
+        num_ranks=num_ranks,
+        chip=chip.name,
+        usable_bytes={role.role: chip.usable_bytes(role.num_groups) for role in ordered},
+        memory_bytes=chip.usable_bytes(0),
+        routing=str(routing),
+        rows_per_rank=rows,
+        rows_traced=traced,
+        row_tokens=config.data.row_tokens,
+        operations="those of the CPU, their kernels left out",
+        roles=ordered,
+    )
+
+
+def _micro_batches(layout: Layout, rows: int, asked: int | None) -> int:
+    enough = min(rows, 2 * layout.pipeline)
+    if asked is None:
+        return enough
+    if not layout.pipeline <= asked <= rows:
+        raise ConfigError(
+            f"--micro-batches {asked}: a step of this recipe has {rows} on each data rank and its pipeline needs "
+            f"{layout.pipeline} or more; choose from there, or leave it out ({enough} show the peak)"
+        )
+    return asked
+
+
+def _traced(assignments: list[Assignment], processes: int) -> Iterator[RoleResult]:
+    """Results as they come; a process traces one role and ends, which gives all its memory back."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(assignments)), context, max_tasks_per_child=1) as pool:
+        for future in as_completed([pool.submit(trace, assignment) for assignment in assignments]):
+            yield future.result()

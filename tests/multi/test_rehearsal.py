@@ -1,0 +1,158 @@
+"""What a rehearsal says of a small layout is what a real run of it measures, with the same tracer.
+
+Real ranks take a step on gloo, with data, kernels and natural routing, and write down the sizes that values
+decided (rows of experts, reach of entries). The rehearsal of the same ranks is given those sizes, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.multi.layouts import SETTINGS
+from tests.processes import ROOT, fullweight
+from torch import Tensor
+
+from fullweight.core.config import apply_overrides, read_toml
+from fullweight.core.types import CompressionTable
+from fullweight.models.deepseek_v4.moe import Experts
+from fullweight.ops.cpu import sizes as cpu_sizes
+from fullweight.ops.cpu.sizes import Sizes
+from fullweight.parallel.expert import ExpertExchange
+from fullweight.parallel.mesh import joined
+from fullweight.rehearse.role import Answers, Assignment, axis_names, full_row, summarise, trace
+from fullweight.rehearse.routing import Routing
+from fullweight.rehearse.step import traced_step
+from fullweight.rehearse.tracer import Tracer
+from fullweight.train.assemble import parts_of, plan_model
+from fullweight.train.config import RunConfig
+from fullweight.train.weights import fill
+
+# Equal to the byte is what is found; 2 % is what the rehearsal promises.
+BOUND = 0.02
+
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "fsdp2": (2, ()),
+    "ep2-recompute": (2, ("expert=2", "recompute='full'")),
+    "hsdp2x2": (4, ("replicate=2",)),
+    "fsdp2-ep2": (4, ("expert=2",)),
+    "fsdp4-bf16": (4, ("reduce_dtype='bf16'",)),
+    "pp2": (2, ("pipeline=2",)),
+    "pp2-interleaved": (2, ("pipeline=2", "schedule='interleaved'", "virtual_stages=2")),
+    "pp2-ep2": (4, ("pipeline=2", "expert=2")),
+    "context2": (2, ("context=2",)),
+    "tensor2": (2, ("tensor=2",)),
+    "context2-tensor2": (4, ("context=2", "tensor=2")),
+    "tensor2-ep2-pp2": (4, ("pipeline=2", "tensor=2", "expert=2", "recompute='full'")),
+}
+QUICK = {"fsdp2-ep2", "pp2"}
+
+
+class RecordedSizes(Sizes):
+    """Writes answers down, or gives them again."""
+
+    def __init__(self, given: list[Any] | None = None) -> None:
+        self.record: list[Any] = []
+        self.given = iter(given) if given is not None else None
+
+    def entries(self, table: CompressionTable, a: int, b: int) -> tuple[int, int]:
+        return self._answer(lambda: super(RecordedSizes, self).entries(table, a, b))
+
+    def rows(self, counts: Tensor, choices: int) -> list[int]:
+        return self._answer(lambda: super(RecordedSizes, self).rows(counts, choices))
+
+    def exchanged(self, made: Any) -> Any:
+        return self._answer(made)
+
+    def _answer(self, made: Any) -> Any:
+        if self.given is not None:
+            return next(self.given)
+        self.record.append(made())
+        return self.record[-1]
+
+
+class RecordedExchange(ExpertExchange):
+    def __init__(self, exchange: ExpertExchange, book: RecordedSizes) -> None:
+        super().__init__(exchange.group)
+        self.book = book
+
+    def sizes(self, *arguments: Any) -> tuple[list[int], list[int]]:
+        return self.book.exchanged(lambda: super(RecordedExchange, self).sizes(*arguments))
+
+
+def config_of(name: str) -> RunConfig:
+    settings = (*SETTINGS, "data.row_tokens=512", "train.rows_per_step=8", "train.precision=bf16")
+    parallel = tuple(f"parallel.{setting}" for setting in LAYOUTS[name][1])
+    values = apply_overrides(read_toml(ROOT / "recipes/tiny_smoke.toml"), (*settings, *parallel))
+    return RunConfig.resolve(values, name)
+
+
+def assignment_of(name: str, rank: int) -> Assignment:
+    config, num_ranks = config_of(name), LAYOUTS[name][0]
+    rows = config.train.rows_per_step // config.layout(num_ranks).data_size
+    return Assignment(config, name, rank, num_ranks, 1, rows, Routing())
+
+
+def measure(arguments: list[str]) -> int:
+    """On every real rank: one step under the tracer, after one without."""
+    name, folder = arguments[0], Path(arguments[1])
+    torch.manual_seed(0)
+    with joined("cpu") as alone:
+        assignment = assignment_of(name, alone.rank)
+        config = assignment.config
+        ranks = alone.laid_out(config.layout(alone.size))
+        plan = plan_model(config, ranks, config.model.architecture())
+        parts = parts_of(plan, config, ranks)
+        fill(parts.model, config)
+        book = RecordedSizes()
+        for module in parts.model.modules():
+            if isinstance(module, Experts) and isinstance(module.dispatch, ExpertExchange):
+                module.dispatch = RecordedExchange(module.dispatch, book)
+        cpu_sizes._current = book
+        row = full_row(config.data.row_tokens, config.model.architecture().ratios)
+        row.tokens.random_(0, 300)
+        names = axis_names(ranks.meshes)
+        tracer = Tracer({group: axis for group, (axis, _) in names.items()})
+        traced_step(config, ranks, parts, [row] * assignment.micro_batches, tracer)
+        result = summarise(assignment, tracer, dict(names.values()), 0.0)
+        (folder / f"{alone.rank}.json").write_text(json.dumps(asdict(result)))
+        (folder / f"{alone.rank}.sizes").write_bytes(pickle.dumps(book.record))
+        alone.barrier()
+    return 0
+
+
+def rehearse_again(arguments: list[str]) -> int:
+    """One rank of those, rehearsed with the sizes that it met."""
+    name, folder, rank = arguments[0], Path(arguments[1]), int(arguments[2])
+    book = RecordedSizes(pickle.loads((folder / f"{rank}.sizes").read_bytes()))
+    answers = Answers(book, lambda exchange: RecordedExchange(exchange, book))
+    result = trace(assignment_of(name, rank), answers)
+    assert next(book.given, None) is None, "the rehearsal asked for fewer sizes than the run"
+    (folder / f"{rank}.rehearsed.json").write_text(json.dumps(asdict(result)))
+    return 0
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS]
+)
+def test_a_rehearsal_is_what_ranks_measure(name: str, tmp_path: Path) -> None:
+    """Memory by category at the peak and at each category's own; every collective; FLOPs by operation."""
+    num_ranks = LAYOUTS[name][0]
+    ended = fullweight(name, tmp_path, ranks=num_ranks, call=f"{__name__}:measure")
+    assert ended.ok, ended.output
+    for rank in sorted({0, num_ranks - 1}):
+        again = fullweight(name, tmp_path, rank, call=f"{__name__}:rehearse_again")
+        assert again.ok, again.output
+        real = json.loads((tmp_path / f"{rank}.json").read_text())
+        rehearsed = json.loads((tmp_path / f"{rank}.rehearsed.json").read_text())
+        assert rehearsed["exchanges"] == real["exchanges"]
+        assert rehearsed["flops_by_operation"] == real["flops_by_operation"]
+        assert rehearsed["num_parameters"] == real["num_parameters"]
+        assert rehearsed["peak_bytes"] == pytest.approx(real["peak_bytes"], rel=BOUND)
+        for moment in ("peak_by_category", "most_by_category"):
+            assert rehearsed[moment] == pytest.approx(real[moment], rel=BOUND), (rank, moment)

@@ -1,0 +1,75 @@
+"""The recipes for accelerators resolve to their layouts, and a small rehearsal runs from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.processes import ROOT, fullweight
+
+from fullweight.parallel.config import Layout
+from fullweight.rehearse.run import roles_of
+from fullweight.train.config import RunConfig
+
+RECIPES = {
+    "v4_pro_sft_910c_512": 512,
+    "v4_pro_sft_910c_1024": 1024,
+    "v4_pro_sft_910c_2048": 2048,
+    "v4_flash_sft_910c_128": 128,
+}
+
+
+@pytest.mark.parametrize(("name", "ranks"), RECIPES.items())
+def test_a_recipe_for_accelerators_resolves(name: str, ranks: int) -> None:
+    """Its name says the ranks, and one command in its text rehearses it."""
+    path = ROOT / "recipes" / f"{name}.toml"
+    layout = RunConfig.from_toml(path).layout(ranks)
+    assert layout.world == ranks
+    assert f"fullweight rehearse recipes/{name}.toml --ranks {ranks}" in path.read_text()
+
+
+def test_all_of_them_are_here() -> None:
+    assert {p.stem for p in (ROOT / "recipes").glob("v4_*.toml")} == RECIPES.keys()
+
+
+def test_roles_cover_every_rank() -> None:
+    """Each rank has one role, whatever the axes."""
+    for layout in (
+        Layout(shard=4),
+        Layout(pipeline=2, shard=2, tensor=2),
+        Layout(replicate=2, context=4, tensor=2),
+    ):
+        roles = roles_of(layout)
+        assert sum(role.num_ranks for role in roles) == layout.world
+        assert len({role.rank for role in roles}) == len(roles)
+
+
+def test_the_command_tells_what_fits(tmp_path: Path) -> None:
+    """Table, JSON and page of a small layout; exit status 0 when it fits."""
+    arguments = ["rehearse", "recipes/tiny_smoke.toml", "--ranks", "4", "--processes", "1"]
+    arguments += ["--set", "parallel.pipeline=2", "--set", "parallel.expert=2", "--set", "train.rows_per_step=8"]
+    ended = fullweight(*arguments, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    assert ended.ok, ended.output
+    assert "stage 0" in ended.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["all_fit"]
+    assert [role["num_ranks"] for role in found["roles"]] == [2, 2]
+    for role in found["roles"]:
+        assert sum(role["peak_by_category"].values()) == role["peak_bytes"]
+        assert {e["axis"] for e in role["exchanges"]} >= {"dense", "expert", "pipeline"}
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/png;base64") == 3
+    assert "A projection" in page
+
+
+def test_what_does_not_fit_is_told_by_the_status() -> None:
+    """Two blocks of Flash with all their experts take 200 GB with their moments: more than a die has."""
+    settings = ["model.preset=flash", "model.changes={num_hidden_layers=1, compress_ratios=[128, 0]}"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    ended = fullweight("rehearse", "recipes/tiny_smoke.toml", "--ranks", "1", *arguments)
+    assert ended.statuses == (2,), ended.output
+    assert "Traceback" not in ended.output
+    fits = fullweight("rehearse", "recipes/tiny_smoke.toml", "--ranks", "1", "--chip", "b300", *arguments)
+    assert fits.statuses == (1,)
+    assert "unknown chip 'b300'" in fits.output
