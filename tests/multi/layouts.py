@@ -94,7 +94,11 @@ CASES: dict[str, Case] = {
     "fsdp2-tp2": _case(4, tensor=2),
     "hsdp2-cp2-recompute": _case(4, replicate=2, context=2, recompute="full"),
     "hsdp2-tp2": _case(4, replicate=2, tensor=2),
+    "pp2-cp2": _case(4, pipeline=2, context=2),
+    "pp2-tp2": _case(4, pipeline=2, tensor=2),
+    "pp2-zbv-cp2-ep2": _case(4, pipeline=2, schedule="zbv", virtual_stages=2, context=2, expert=2),
     "fsdp4-cp2-ep4": _case(8, context=2, expert=4),
+    "pp2-fsdp2-tp2-ep4": _case(8, pipeline=2, tensor=2, expert=4),
 }
 
 
