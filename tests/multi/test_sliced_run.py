@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.multi.test_layout_states import restore_and_write
 from tests.processes import fullweight
+
+from fullweight.checkpoint.compare import compare
+from fullweight.checkpoint.generations import choose, newest
+from fullweight.checkpoint.manifest import verify
 
 SETTINGS = [
     "train.num_steps=4",
@@ -87,3 +92,19 @@ def assert_same_export(one: Path, many: Path) -> None:
                 torch.testing.assert_close(other[key], tensor, rtol=1e-6, atol=1e-7, msg=key)
             else:
                 assert torch.equal(other[key], tensor), key
+
+
+@pytest.mark.slow
+def test_a_state_of_divided_heads_goes_anywhere_bit_for_bit(tmp_path: Path) -> None:
+    """Matrices cut by heads and by FSDP, and their moments: to one rank, to heads alone, and back."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    short = ("train.num_steps=2", "data.row_tokens=512", "eval.num_samples=0", "export.enabled=false")
+    train(run, 4, *short, "parallel.context=2", "parallel.tensor=2")
+    original = verify(newest(run / "checkpoints"))
+    assert original.manifest.facts.world["axes"]["tensor"] == 2
+    for ranks, context, tensor in ((1, 1, 1), (2, 1, 2), (4, 2, 2), (4, 4, 1)):
+        settings = [f"parallel.context={context}", f"parallel.tensor={tensor}"]
+        call = f"{restore_and_write.__module__}:{restore_and_write.__name__}"
+        ended = fullweight(run, again, *settings, ranks=ranks, call=call)
+        assert ended.ok, ended.output
+        assert compare(original, choose(again).generation).tensors == []
