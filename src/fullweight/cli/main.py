@@ -7,8 +7,6 @@ they run, so that `--help` is quick.
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 
 import typer
@@ -24,8 +22,9 @@ from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
 from fullweight.cli.rehearse import rehearse_command
 from fullweight.cli.resume import resume_command
-from fullweight.cli.train import INTERRUPTED, tell_launcher, train_command
-from fullweight.core.errors import FullweightError
+from fullweight.cli.train import INTERRUPTED, train_command
+from fullweight.core.errors import FullweightError, ToldError
+from fullweight.core.launcher import failure_text, outside, tell_launcher
 
 app = typer.Typer(
     help="Full-parameter post-training of DeepSeek-V4-class models.",
@@ -45,12 +44,6 @@ bench_app.command("convert")(bench_convert_command)
 bench_app.command("checkpoint")(bench_checkpoint_command)
 app.add_typer(bench_app, name="bench")
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
-_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
-_SMALLER = "use shorter rows (data.row_tokens), fewer new tokens, a smaller model or more ranks"
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Socket unexpectedly closed")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 a mistake, 2 wrong usage, 130 interrupted)."""
@@ -60,36 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
         if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
             return _fail("interrupted", INTERRUPTED)
         return end.code if isinstance(end.code, int) else 0
+    except ToldError as error:
+        tell_launcher(str(error))
+        return 1
     except (FullweightError, OSError, RuntimeError, MemoryError) as error:
-        message = _told(error)
+        message = outside(error)
         if message is None:
             raise
         return _fail(message)
     return 0
 
 
-def _told(error: Exception) -> str | None:
-    """What to say of an error that is a user's or the outside world's; None for a bug of ours."""
-    if isinstance(error, FullweightError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in _DISK | _PATH:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; free space or choose another folder"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _has(error, _MEMORY)):
-        return f"out of memory: {str(error).partition(chr(10))[0] or 'nothing is left'}; {_SMALLER}"
-    if isinstance(error, RuntimeError) and _has(error, _LOST_PEER):
-        return "the connection to another rank was lost: it has ended, and its own message says why"
-    return None
-
-
-def _has(error: Exception, signs: tuple[str, ...]) -> bool:
-    return any(sign in str(error) for sign in signs)
-
-
 def _fail(message: str, status: int = 1) -> int:
-    rank = os.environ.get("RANK")
     message = message.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair is no text
-    typer.secho(f"error{f' (rank {rank})' if rank else ''}: {message}", fg="red", err=True)
+    typer.secho(failure_text(message), fg="red", err=True)
     tell_launcher(message)
     return status
 

@@ -35,6 +35,7 @@ def train_command(
 
 def report(outcome: object) -> None:
     """Say how to go on after an interruption, and exit with the status that belongs to it."""
+    from fullweight.core.launcher import tell_launcher
     from fullweight.train.loop import Outcome
 
     assert isinstance(outcome, Outcome)
@@ -46,16 +47,6 @@ def report(outcome: object) -> None:
     console().print(message, highlight=False, soft_wrap=True)
     tell_launcher(message)
     raise typer.Exit(INTERRUPTED)
-
-
-def tell_launcher(message: str) -> None:
-    """Under torchrun, leave `message` where it looks for the reason why a rank ended, for its report."""
-    import json
-    import os
-    import time
-
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def console():  # type: ignore[no-untyped-def]

@@ -3,7 +3,8 @@
 `FULLWEIGHT_CRASH_AT="save.manifest"` makes rank 0 send itself SIGKILL the first time it comes to that point;
 `FULLWEIGHT_CRASH_AT="save.shard rank=1 save=2 nth=100 delay=0.5"` does so on rank 1, in the second save of the
 process, at the hundredth write, half a second after it got there. Points lie around writing and reading of
-checkpoints, none in the training step. Without the variable a point costs one look-up in the environment.
+checkpoints, and between training steps. A process that torchrun started again meets none. Without the variable a
+point costs one look-up in the environment.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import signal
 import time
 from collections import Counter
+
+from fullweight.core.launcher import restart_count
 
 VARIABLE = "FULLWEIGHT_CRASH_AT"
 
@@ -25,6 +28,7 @@ POINTS = (
     "save.flush",  # the snapshot is taken, its writing in the background begins
     "load.verify",  # files are about to be hashed
     "load.read",  # tensors are about to be read into the model
+    "train.step",  # a step is about to begin
     "export",  # exported weights are written, their folder has not its name yet
 )
 
@@ -48,6 +52,7 @@ def _meet(name: str, wanted: str) -> None:
         point != name
         or options.get("rank", "0") != os.environ.get("RANK", "0")
         or int(options.get("save", _met["save"])) != _met["save"]
+        or restart_count()
     ):
         return
     _met[name] += 1

@@ -28,3 +28,7 @@ class OperationError(FullweightError):
 
 class TrainingError(FullweightError):
     """Training cannot go on: non-finite loss, no data, disagreeing ranks."""
+
+
+class ToldError(FullweightError):
+    """Ends a rank quietly: the cause is known to all ranks, and one of them has printed it."""

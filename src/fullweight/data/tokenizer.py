@@ -13,6 +13,7 @@ text, is read as U+FFFD.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -63,6 +64,11 @@ class Tokenizer:
         if self._full.pre_tokenizer is not None:
             plain.pre_tokenizer = self._full.pre_tokenizer
         return plain
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of tokenizer.json."""
+        return hashlib.sha256(self._texts[0].encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fullweight.core import phase
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
 
@@ -64,7 +65,8 @@ class PlainEngine:
 
     def run(self, batches: Sequence[Batch], weigh: Weigh, mark: Mark) -> Shares:
         shares = None
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            phase.enter("forward", f"micro-batch {number}")
             output = self.forward(batch)
             total = weigh(output.losses)
             if not total.requires_grad:
@@ -74,6 +76,7 @@ class PlainEngine:
                 )
             shares = _added(shares, output)
             mark("forward")
+            phase.enter("backward", f"micro-batch {number}")
             total.backward()
             mark("backward")
         assert shares is not None, "a step needs at least one micro-batch"
@@ -82,7 +85,8 @@ class PlainEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Shares:
         shares = None
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            phase.enter("evaluation", f"held-out row {number}")
             shares = _added(shares, self.forward(batch))
         assert shares is not None, "an evaluation needs at least one micro-batch"
         return shares

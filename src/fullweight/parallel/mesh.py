@@ -13,9 +13,10 @@ normalisers, lengths) is reported by the one rank whose `counts_row` is true.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Literal, Self
 
 import torch
@@ -23,8 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fullweight.core.errors import ConfigError, TrainingError
+from fullweight.core.errors import ConfigError, ToldError
+from fullweight.parallel.agreement import agree, standing
 from fullweight.parallel.config import Layout
+from fullweight.parallel.launch import LaunchConfig
+from fullweight.parallel.rendezvous import meet
+from fullweight.parallel.watch import Watch
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -84,6 +89,7 @@ class Ranks:
     device: torch.device
     layout: Layout = field(default_factory=Layout)
     meshes: Meshes | None = None
+    watch: Watch | None = None  # over the peers; None when alone
 
     def laid_out(self, layout: Layout) -> Self:
         """The same ranks in their places; builds the meshes, all ranks together."""
@@ -148,6 +154,19 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raise TrainingError, naming ranks and values, unless every rank holds the same facts."""
+        agree(facts, self.rank, self.size)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A failure of the block is told once among all ranks (`watch.py`), while signals still wait."""
+        if self.watch is None:
+            yield
+            return
+        with self.watch.telling():
+            yield
+
     @contextmanager
     def main_first_failure(self) -> Iterator[None]:
         """Run a block that only rank 0 does real work in; its failure stops every rank, not rank 0 alone."""
@@ -160,7 +179,7 @@ class Ranks:
         if failure is not None:
             raise failure
         if message is not None:
-            raise TrainingError(f"stopped because rank 0 failed: {message}")
+            raise ToldError(f"stopped because rank 0 failed: {message}")
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -174,11 +193,16 @@ def choose_device(name: DeviceName) -> torch.device:
 
 
 @contextmanager
-def joined(device_name: DeviceName = "auto") -> Iterator[Ranks]:
+def joined(
+    device_name: DeviceName = "auto",
+    launch: LaunchConfig = LaunchConfig(),  # noqa: B008 - immutable
+    facts: Mapping[str, str] | None = None,
+) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (its environment variables say so), or run alone.
 
-    The process group is torn down on leaving. Collectives work on host tensors (gloo) on every machine, and
-    on device tensors too (nccl) where the device is CUDA.
+    The ranks meet, prove that they run the same code and `facts`, and watch each other from then on: a failure
+    inside is told once. The process group is torn down on leaving. Collectives work on host tensors (gloo) on
+    every machine, and on device tensors too (nccl) where the device is CUDA. Raises TrainingError.
     """
     device = choose_device(device_name)
     if device.type == "cuda":
@@ -187,9 +211,20 @@ def joined(device_name: DeviceName = "auto") -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-    try:
-        yield Ranks(dist.get_rank(), size, device)
-        dist.barrier()  # no rank takes its end of a connection away while another still sends
-    finally:
-        dist.destroy_process_group()
+    meeting = meet(launch, size)
+    watch = Watch(meeting, launch)
+    with watch.running():
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            store=meeting.store,
+            rank=meeting.rank,
+            world_size=size,
+            timeout=timedelta(seconds=launch.collective_timeout_seconds),
+        )
+        try:
+            with watch.telling():
+                agree({**standing(size), **(facts or {})}, meeting.rank, size)
+                yield Ranks(meeting.rank, size, device, watch=watch)
+                dist.barrier()  # no rank takes its end of a connection away while another still sends
+        finally:
+            dist.destroy_process_group()

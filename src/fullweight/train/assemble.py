@@ -132,7 +132,10 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     )
     torch.manual_seed(config.train.seed)
     ranks = ranks.laid_out(layout)
-    parts = parts_of(plan_model(config, ranks, architecture), config, ranks)
+    plan = plan_model(config, ranks, architecture)
+    data = loader.state_dict()["data"]
+    ranks.agree({"tokenizer": tokenizer.sha256, "data": data, "operations": plan.model.ops.name})
+    parts = parts_of(plan, config, ranks)
     model = parts.model
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
     questions = _questions(config, loader.held_out_samples(), tokenizer)

@@ -24,6 +24,7 @@ from fullweight.models.deepseek_v4.flops import IndexerLoss
 from fullweight.optim.groups import OptimizerConfig
 from fullweight.optim.schedule import ScheduleConfig
 from fullweight.parallel.config import Layout, ParallelConfig
+from fullweight.parallel.launch import LaunchConfig
 from fullweight.parallel.mesh import DeviceName
 from fullweight.train.evaluate import EvalConfig
 from fullweight.train.guards import GuardConfig
@@ -153,6 +154,7 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
+    launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     trackers: TrackerConfig = TrackerConfig()

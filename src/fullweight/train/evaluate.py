@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pydantic import NonNegativeInt, PositiveInt
 from torch import nn
 
+from fullweight.core import phase
 from fullweight.core.config import Config
 from fullweight.core.types import Batch
 from fullweight.methods import Method
@@ -114,6 +115,7 @@ def answer_questions(
     if generate is not None:
         own = list(enumerate(questions))[able.index(ranks.rank) :: len(able)]
         for start in range(0, len(own), batch_size):
+            phase.enter("evaluation", f"answers from {start}")
             chunk = own[start : start + batch_size]
             replies = generate([q.prompt for _, q in chunk])
             for (index, question), ids in zip(chunk, replies, strict=True):

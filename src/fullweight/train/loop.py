@@ -7,6 +7,7 @@ written. Under torchrun every rank runs this function; rank 0 alone prints and w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from fullweight.checkpoint.generations import Choice, OnCorrupt
+from fullweight.checkpoint.generations import Choice, OnCorrupt, listed
+from fullweight.core import phase
+from fullweight.core.crash import crash_point
 from fullweight.core.durable import sync, sync_tree
 from fullweight.core.errors import ConfigError
 from fullweight.core.strict_json import parse_json
@@ -24,7 +27,8 @@ from fullweight.data.tokenised import told_counts
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.optim.groups import set_learning_rate
 from fullweight.optim.schedule import lr_factor
-from fullweight.parallel.mesh import joined
+from fullweight.parallel.agreement import flat
+from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble, check_disk
 from fullweight.train.config import RunConfig
 from fullweight.train.evaluate import Answer, Evaluation, answer_questions, held_out_loss, score
@@ -35,8 +39,9 @@ from fullweight.train.ledger import Ledger
 from fullweight.train.metrics import step_record
 from fullweight.train.progress import Reporter
 from fullweight.train.records import Records
+from fullweight.train.restarting import Beginning, begin, restarted, this_launch
 from fullweight.train.resuming import choose, described, settle, told
-from fullweight.train.run_folder import RunFolder, environment, free_name, write_json
+from fullweight.train.run_folder import RunFolder, environment, write_json
 from fullweight.train.saving import Saving, owned
 from fullweight.train.step import Phases, training_step
 from fullweight.train.trackers import Trackers
@@ -53,13 +58,18 @@ class Outcome:
 
 
 def train(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Run a recipe from its first step. Raises FullweightError before any work on whatever is wrong."""
-    with joined(config.train.device) as ranks:
-        wanted = config.output or free_name(Path("runs") / config.name)
-        folder = RunFolder(Path(ranks.broadcast(str(wanted))))
+    """Run a recipe from its first step. Raises FullweightError before any work on whatever is wrong.
+
+    Started again by the launcher that began the run, it goes on with it (`restarting.py`).
+    """
+    with joined(config.train.device, config.launch, _facts(config)) as ranks:
+        beginning: tuple[RunFolder, Beginning] | None = None
         with ranks.main_first_failure():
             if ranks.is_main:
-                folder.check_free()
+                beginning = begin(config)
+        folder, how = ranks.broadcast(beginning)
+        if how is Beginning.resumed:  # nobody is there to be asked
+            return _resume(config, folder, ranks, console, OnCorrupt.previous)
         run = assemble(config, folder, ranks)
         with ranks.main_first_failure():
             if ranks.is_main:
@@ -77,16 +87,8 @@ def resume(root: Path, console: Console | None = None, on_corrupt: OnCorrupt = O
     """
     folder = RunFolder(root)
     config = load_config(folder)
-    with joined(config.train.device) as ranks, owned(folder, ranks):
-        choice = choose(config, folder, on_corrupt)
-        with ranks.main_first_failure():
-            if ranks.is_main:
-                kept_form(config.export, folder, choice.generation.manifest.facts.source)
-        run = assemble(config, folder, ranks, folder.tokenizer)
-        run.state.restore(choice.generation)
-        with ranks.main_first_failure():
-            dropped = settle(folder, choice) if ranks.is_main else 0
-        return _drive(run, console, partial(_continue, choice=choice, dropped=dropped))
+    with joined(config.train.device, config.launch, _facts(config)) as ranks:
+        return _resume(config, folder, ranks, console, on_corrupt)
 
 
 def load_config(folder: RunFolder) -> RunConfig:
@@ -120,8 +122,29 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation(losses, total, score(answers), answers)
 
 
+def _resume(
+    config: RunConfig, folder: RunFolder, ranks: Ranks, console: Console | None, on_corrupt: OnCorrupt
+) -> Outcome:
+    with owned(folder, ranks):
+        choice = choose(config, folder, on_corrupt)
+        with ranks.main_first_failure():
+            if ranks.is_main:
+                kept_form(config.export, folder, choice.generation.manifest.facts.source)
+        run = assemble(config, folder, ranks, folder.tokenizer)
+        run.state.restore(choice.generation)
+        ranks.agree({"checkpoint": choice.generation.sha256, "position": json.dumps(run.state.position())})
+        with ranks.main_first_failure():
+            dropped = settle(folder, choice) if ranks.is_main else 0
+        return _drive(run, console, partial(_continue, choice=choice, dropped=dropped))
+
+
+def _facts(config: RunConfig) -> dict[str, str]:
+    """The configuration as the ranks compare it: key by key, but for the folder, which rank 0 chooses."""
+    return flat(config.model_dump(mode="json", exclude={"output"}), "config.")
+
+
 def _write_head(run: Run) -> None:
-    run.folder.create()
+    run.folder.create(this_launch())
     run.tokenizer.save(run.folder.tokenizer)
     keep_origin(run.imported, run.folder)
     write_json(run.folder.model, run.architecture.to_published())
@@ -139,7 +162,9 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
     records = Records(Ledger(run.folder.ledger) if main else None, trackers, reporter)
     saving = Saving(run, records)
     try:
-        with StopRequest().listening() as stop:
+        with StopRequest().listening() as stop, run.ranks.telling():
+            if run.ranks.watch is not None:
+                run.ranks.watch.of_run(run.folder.stalls, partial(_how_to_go_on, run.folder))
             opening(run, records)
             try:
                 finished = _steps(run, records, saving, stop)
@@ -147,6 +172,7 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
                 saving.settle()
                 raise
         if finished:
+            phase.enter("export")
             finish(run, records.reporter)
     finally:
         records.close()
@@ -155,7 +181,7 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
 
 
 def _start(run: Run, records: Records) -> None:
-    records.write("event", 0, {"what": "start", **_described(run)})
+    records.write("event", 0, {"what": "start", **_described(run), **_launched(run)})
     records.reporter.say(
         f"{run.config.name}: {run.parameters}, {run.ranks.size} rank(s), "
         f"{run.config.train.precision}, into {run.folder.root}"
@@ -174,10 +200,25 @@ def _described(run: Run) -> dict[str, Any]:
 def _continue(run: Run, records: Records, choice: Choice, dropped: int) -> None:
     step, say = run.state.step, records.reporter.say
     origin = described(run.config, choice, dropped)
-    records.write("event", step, {"what": "resume", **origin, **_described(run)})
+    records.write("event", step, {"what": "resume", **origin, **_described(run), **_launched(run)})
     say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}, {run.parameters}")
     for line in told(origin):
         say(line)
+
+
+def _launched(run: Run) -> dict[str, Any]:
+    """For the ledger: how long ranks wait for each other, and whether the launcher started them again."""
+    launch = run.config.launch
+    bounds = {**launch.model_dump(), "collective_timeout_seconds": launch.collective_timeout_seconds}
+    return {"launch": bounds, **restarted()} if run.ranks.size > 1 else restarted()
+
+
+def _how_to_go_on(folder: RunFolder) -> str:
+    """What a person can do after the ranks ended."""
+    saved = listed(folder.checkpoints)
+    if not saved:
+        return "there is no checkpoint yet; start again with `fullweight train` and a new --output"
+    return f"last checkpoint: {saved[-1][1].name}; continue with\n  fullweight resume {folder.root}"
 
 
 def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> bool:
@@ -191,6 +232,7 @@ def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> boo
             record = _one_step(run)
             records.write("step", state.step, record)
             records.reporter.step(state.step, total, record)
+            _warn_of_stragglers(run, records)
             if record["skipped"] is not None:
                 run.guard.enforce(state.step, record["skipped"])
             if state.step == 1:
@@ -205,6 +247,12 @@ def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> boo
     return state.step == total
 
 
+def _warn_of_stragglers(run: Run, records: Records) -> None:
+    for straggler in run.ranks.watch.stragglers() if run.ranks.watch is not None else ():
+        records.write("event", run.state.step, {"what": "straggler", **straggler.as_dict()})
+        records.reporter.say(f"slow: {straggler}")
+
+
 def _note_unreached(record: dict[str, Any], reporter: Reporter) -> None:
     """Say once which parameters a step of this recipe can leave out; every step records them."""
     names = record["without_gradient"]
@@ -217,6 +265,8 @@ def _note_unreached(record: dict[str, Any], reporter: Reporter) -> None:
 
 def _one_step(run: Run) -> dict[str, Any]:
     config, state = run.config, run.state
+    crash_point("train.step")
+    phase.begin_step(state.step + 1)
     phases = Phases(run.ranks.device)
     batches = [next(state.loader).to(run.ranks.device) for _ in range(run.rows_per_rank)]
     rate = config.optimizer.learning_rate * lr_factor(config.schedule, state.step, config.train.num_steps)
@@ -248,6 +298,7 @@ def _one_step(run: Run) -> dict[str, Any]:
 
 
 def _evaluate_and_record(run: Run, records: Records) -> None:
+    phase.enter("evaluation")
     evaluation = evaluate(run)
     step = run.state.step
     records.write("eval", step, evaluation.as_dict())

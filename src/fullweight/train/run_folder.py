@@ -7,6 +7,7 @@
     export/             final weights, published names    summary.html   one page that shows it all
     import.json         receipt of the weights it began   source/        how those were published: headers, scales
                         with, when from a checkpoint
+    launch.json         which launch made the folder      stalls/        stacks of ranks that stood still
 
 A run starts only in a new or empty folder, so two runs never mix.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,21 +81,41 @@ class RunFolder:
         return self.root / "source"
 
     @property
+    def launch(self) -> Path:
+        return self.root / "launch.json"
+
+    @property
+    def stalls(self) -> Path:
+        return self.root / "stalls"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.html"
 
     def check_free(self) -> None:
         """Raise ConfigError when the folder holds something already."""
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        if self.root.exists() and (not self.root.is_dir() or any(p != self.stalls for p in self.root.iterdir())):
             raise ConfigError(
                 f"{self.root} is not empty; choose another --output, or continue it with "
                 f"`fullweight resume {self.root}`"
             )
 
-    def create(self) -> None:
-        """Make the folder; raises ConfigError when it holds something already."""
+    def create(self, made_by: dict[str, Any]) -> None:
+        """Make the folder, and first of all write who makes it; raises ConfigError when it holds something."""
         self.check_free()
-        self.samples.mkdir(parents=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(self.launch, made_by)
+        self.samples.mkdir()
+
+    def clear(self) -> None:
+        """Remove what a run without a checkpoint left, but for stacks; last of all, who made the folder."""
+        for path in (self.ledger, self.config, self.model, self.environment, self.imported, self.summary):
+            path.unlink(missing_ok=True)
+        folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.root / "plots")
+        for path in folders:
+            if path.exists():
+                shutil.rmtree(path)
+        self.launch.unlink()
 
     def require(self) -> None:
         """Raise ConfigError unless this is a run folder."""

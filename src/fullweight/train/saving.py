@@ -19,6 +19,7 @@ from fullweight.checkpoint.async_save import Failure, Report, Saver, Stall
 from fullweight.checkpoint.generations import locked
 from fullweight.checkpoint.imported import seal_of
 from fullweight.checkpoint.manifest import Facts, LedgerHead
+from fullweight.core import phase
 from fullweight.core.errors import TrainingError
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.assemble import Run
@@ -47,6 +48,7 @@ class Saving:
         state = self.run.state
         if self._last_step == state.step:
             return
+        phase.enter("checkpoint")
         described = facts(self.run, self.records.head())
         stall = self._saver.save(state.tensors(), described, self.records.sync)
         self._stalls[state.step], self._last_step = stall, state.step
@@ -60,6 +62,7 @@ class Saving:
 
     def finish(self) -> None:
         """Wait for the last save. Raises TrainingError when checkpoints can no longer be written."""
+        phase.enter("checkpoint", "waiting for the last")
         while not self._saver.wait(_LOOK_SECONDS):
             self.report()
         self.run.ranks.barrier()  # a rank that ends now would cut off what others' writers still exchange

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fullweight.core import phase
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
@@ -105,8 +106,10 @@ def training_step(
     counts, tokens = global_counts(method, model, batches, ranks), _global_tokens(batches, ranks)
     _require_trained(counts[method.main_loss], batches)
     phases.end("data")
+    phase.enter("forward")
     shares = engine.run(batches, lambda sums: weighted_total(sums, counts, losses), phases.end)
 
+    phase.enter("optimizer")
     means = global_means(shares.losses, counts, ranks)
     expert_counts = ranks.reduce(shares.expert_counts)
     norms = local_norms(p.grad for p in model.parameters() if p.grad is not None)

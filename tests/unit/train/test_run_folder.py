@@ -14,20 +14,36 @@ def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
     """The message offers a new folder and the way to continue."""
     (tmp_path / "ledger.jsonl").write_text("")
     with pytest.raises(ConfigError, match="fullweight resume"):
-        RunFolder(tmp_path).create()
+        RunFolder(tmp_path).create({})
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     """A path that is a file is not a folder to write in."""
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="not empty"):
-        RunFolder(tmp_path / "run").create()
+        RunFolder(tmp_path / "run").create({})
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     """`mkdir` before the run is no mistake."""
-    RunFolder(tmp_path).create()
+    RunFolder(tmp_path).create({})
     assert (tmp_path / "samples").is_dir()
+
+
+def test_a_cleared_folder_keeps_stacks_and_what_others_put_there(tmp_path: Path) -> None:
+    """Starting over removes the run's own things, and then takes only a folder without others' things."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"launch": "a"})
+    folder.stalls.mkdir()
+    (folder.samples / "step-0.json").write_text("[]")
+    folder.clear()
+    assert [p.name for p in folder.root.iterdir()] == ["stalls"]
+    folder.create({"launch": "b"})
+    (folder.root / "notes.txt").write_text("mine")
+    folder.clear()
+    assert sorted(p.name for p in folder.root.iterdir()) == ["notes.txt", "stalls"]
+    with pytest.raises(ConfigError, match="not empty"):
+        folder.create({"launch": "c"})
 
 
 def test_free_name_counts_up(tmp_path: Path) -> None:
