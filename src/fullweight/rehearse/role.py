@@ -159,6 +159,8 @@ def summarise(
 class _Expected(Sizes):
     """Answers for a row that is one document, and experts that share their rows evenly."""
 
+    index_products = 1 << 24  # 32 MB of them: fewer and larger pieces, and a trace takes half as long
+
     def __init__(self, layout: Layout, rank: int, num_tokens: int) -> None:
         self.layout, self.rank, self.num_tokens = layout, rank, num_tokens
 

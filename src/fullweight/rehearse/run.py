@@ -5,9 +5,9 @@ is traced: of the ranks that share parameters unevenly, the first, which holds m
 stage's first and last slice stand for all (the last sees most entries); tensor ranks of one span differ only in a
 few rows of the indexer, and the last stands for them.
 
-The memory of a pipeline is highest once all its micro-batches in flight are there, which takes twice as many as
-there are stages; more of the same repeat it. So that many are traced unless told otherwise, and counts of
-collectives and FLOPs are of the micro-batches that were.
+The memory of a pipeline is highest once all its micro-batches in flight are there: as many as it has
+ranks, or twice as many where a rank has several stages; more of the same repeat it. So that many are traced
+unless told otherwise, and counts of collectives and FLOPs are of the micro-batches that were.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def rehearse(
     """Trace every role; `done` is told each result as it comes. Raises ConfigError for what cannot be laid out."""
     layout = config.layout(num_ranks)
     rows = config.train.rows_per_step // layout.data_size
-    traced = _micro_batches(layout, rows, micro_batches)
+    traced = _micro_batches(config, layout, rows, micro_batches)
     assignments = [
         Assignment(config, role.name, role.rank, num_ranks, role.num_ranks, traced, routing)
         for role in roles_of(layout)
@@ -95,8 +95,9 @@ def rehearse(
     )
 
 
-def _micro_batches(layout: Layout, rows: int, asked: int | None) -> int:
-    enough = min(rows, 2 * layout.pipeline)
+def _micro_batches(config: RunConfig, layout: Layout, rows: int, asked: int | None) -> int:
+    rounds = 1 if layout.pipeline > 1 and config.parallel.virtual_stages == 1 else 2
+    enough = min(rows, rounds * layout.pipeline)
     if asked is None:
         return enough
     if not layout.pipeline <= asked <= rows:

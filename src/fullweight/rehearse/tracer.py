@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,6 +181,8 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # most calls by far, of tensors without data, and no operation
+            return func(*args) if not isinstance(args[0], FakeTensor) else args[0].fake_device
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its local operations come here one by one
         kwargs = kwargs or {}

@@ -14,8 +14,6 @@ from fullweight.ops.cpu.rows import add_rows, gather_rows
 from fullweight.ops.cpu.sizes import sizes
 from fullweight.ops.native import call
 
-INDEX_SCORES = 1 << 21  # index products that exist at the same time
-
 
 def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: CompressionTable, topk: int) -> Tensor:
     """As the reference's; index products exist for a few queries at a time and scores never in memory."""
@@ -29,7 +27,7 @@ def select_entries(queries: Tensor, keys: Tensor, weights: Tensor, table: Compre
     while a < total:
         reached = sizes().entries(table, a, a + CHUNK)
         reach = max(reached[1] - reached[0], 1)
-        size = min(CHUNK, INDEX_SCORES // (heads * reach)) // BLOCK * BLOCK
+        size = min(CHUNK, sizes().index_products // (heads * reach)) // BLOCK * BLOCK
         b = min(a + max(BLOCK, size), total)
         first, last = entry_span(table, a, b, keys.shape[0])
         products = queries[a:b].reshape(-1, width) @ keys[first:last].T

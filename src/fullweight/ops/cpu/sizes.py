@@ -19,6 +19,8 @@ from fullweight.ops import native
 class Sizes:
     """The answers of tensors with values."""
 
+    index_products: int = 1 << 21  # of the indexer's queries and keys that exist at the same time
+
     def entries(self, table: CompressionTable, a: int, b: int) -> tuple[int, int]:
         """Bounds of the entries that any of the tokens [a, b) sees; `b` may lie beyond the row."""
         last = min(b, table.entry_begin.shape[0]) - 1
