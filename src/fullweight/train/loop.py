@@ -28,6 +28,7 @@ from fullweight.models.deepseek_v4.cache import generate
 from fullweight.optim.groups import set_learning_rate
 from fullweight.optim.schedule import lr_factor
 from fullweight.parallel.agreement import flat
+from fullweight.parallel.deterministic import deterministic
 from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble, check_disk
 from fullweight.train.config import RunConfig
@@ -162,7 +163,8 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
     records = Records(Ledger(run.folder.ledger) if main else None, trackers, reporter)
     saving = Saving(run, records)
     try:
-        with StopRequest().listening() as stop, run.ranks.telling():
+        ordered = deterministic(run.config.parallel.deterministic)
+        with StopRequest().listening() as stop, run.ranks.telling(), ordered:
             if run.ranks.watch is not None:
                 run.ranks.watch.of_run(run.folder.stalls, partial(_how_to_go_on, run.folder))
             opening(run, records)
