@@ -114,6 +114,31 @@ def test_killed_while_exporting(ranks: int, rank: int, tmp_path: Path, whole: Wh
     assert not list(folder.glob(".export*"))
 
 
+def as_recipe(optimizer: str, ranks: int) -> tuple[str, ...]:
+    """As many rows as ranks, of which three cut every tensor unevenly."""
+    return (f"optimizer.name={optimizer}", f"train.rows_per_step={ranks}", "checkpoint.asynchronous=false")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ranks"),
+    [
+        pytest.param(optimizer, ranks, marks=() if (optimizer, ranks) == ("adamw", 3) else pytest.mark.crash)
+        for optimizer in ("adamw", "muon")
+        for ranks in (1, 2, 3, 4)
+    ],
+)
+def test_half_and_half_is_the_whole(optimizer: str, ranks: int, tmp_path: Path) -> None:
+    """N steps, save, kill -9, resume, N more: losses, weights and both moments of 2N steps, bit for bit."""
+    settings, halves, whole = as_recipe(optimizer, ranks), tmp_path / "halves", tmp_path / "whole"
+    assert train(whole, ranks, settings=settings).ok
+    ended = train(halves, ranks, f"save.begin rank={ranks - 1} save=3", settings)
+    assert killed(ended.statuses, ranks - 1), ended.output
+    assert choose(halves / "checkpoints").generation.step == 4
+    again = resume(halves, ranks)
+    assert again.ok, again.output
+    assert_same_in_the_end(halves, whole)
+
+
 @pytest.mark.crash
 def test_killed_again_and_again(tmp_path: Path, whole: Whole) -> None:
     """Five deaths at five points, one after the other, and the run still ends right."""

@@ -122,7 +122,7 @@ def test_fresh_weights_on_three_ranks(tmp_path: Path) -> None:
     assert counted_alone(lambda: initialise(DeepSeekV4(config))) > limit, "a whole model would be noticed"
 
 
-@pytest.mark.parametrize("layout", ["fp4", "base"])
+@pytest.mark.parametrize("layout", ["fp4", pytest.param("base", marks=pytest.mark.slow)])
 def test_published_weights_on_three_ranks(layout: str, tmp_path: Path) -> None:
     """The same for a quantised checkpoint, and the receipt accounts for every byte that was read."""
     config = DeepSeekV4Config.preset("tiny", **SIZES)

@@ -17,9 +17,13 @@ def resume_command(
         Literal["refuse", "previous"],
         typer.Option(help="a damaged checkpoint: refuse and say what is wrong, or take the newest good one"),
     ] = "refuse",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a.b=c, what may change from now on, such as train.num_steps=200; repeatable"),
+    ] = None,
 ) -> None:
     """Continue a run from its newest checkpoint, as if it had never stopped; on any number of ranks."""
     from fullweight.checkpoint.generations import OnCorrupt
     from fullweight.train.loop import resume
 
-    report(resume(run, console(), OnCorrupt(on_corrupt)))
+    report(resume(run, console(), OnCorrupt(on_corrupt), overrides or []))

@@ -8,7 +8,7 @@ written. Under torchrun every rank runs this function; rank 0 alone prints and w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from fullweight.parallel.agreement import flat
 from fullweight.parallel.deterministic import deterministic
 from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble, check_disk
+from fullweight.train.changing import changed, check_length
 from fullweight.train.config import RunConfig
 from fullweight.train.evaluate import Answer, Evaluation, answer_questions, held_out_loss, score
 from fullweight.train.export import kept_form
@@ -80,14 +81,20 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
             return _drive(run, console, _start)
 
 
-def resume(root: Path, console: Console | None = None, on_corrupt: OnCorrupt = OnCorrupt.refuse) -> Outcome:
+def resume(
+    root: Path,
+    console: Console | None = None,
+    on_corrupt: OnCorrupt = OnCorrupt.refuse,
+    overrides: Sequence[str] = (),
+) -> Outcome:
     """Continue the run in folder `root` from its newest checkpoint, on any number of ranks.
 
     Every byte of the checkpoint is verified before the model is touched. `on_corrupt` says whether a damaged one
-    is refused (CheckpointError says what is wrong with it) or the newest good one before it is taken.
+    is refused (CheckpointError says what is wrong with it) or the newest good one before it is taken. `overrides`
+    (`a.b=c`) change what may change (`changing.py`), from now on.
     """
     folder = RunFolder(root)
-    config = load_config(folder)
+    config = changed(load_config(folder), overrides)
     with joined(config.train.device, config.launch, _facts(config)) as ranks:
         return _resume(config, folder, ranks, console, on_corrupt)
 
@@ -128,6 +135,7 @@ def _resume(
 ) -> Outcome:
     with owned(folder, ranks):
         choice = choose(config, folder, on_corrupt)
+        check_length(config, choice.generation.step)
         with ranks.main_first_failure():
             if ranks.is_main:
                 kept_form(config.export, folder, choice.generation.manifest.facts.source)
@@ -136,6 +144,8 @@ def _resume(
         ranks.agree({"checkpoint": choice.generation.sha256, "position": json.dumps(run.state.position())})
         with ranks.main_first_failure():
             dropped = settle(folder, choice) if ranks.is_main else 0
+            if ranks.is_main and config != load_config(folder):
+                write_json(folder.config, config.model_dump(mode="json"))
         return _drive(run, console, partial(_continue, choice=choice, dropped=dropped))
 
 
