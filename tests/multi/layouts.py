@@ -28,7 +28,7 @@ from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble
 from fullweight.train.config import RunConfig
 from fullweight.train.run_folder import RunFolder
-from fullweight.train.step import Phases, training_step
+from fullweight.train.step import Phases, StepResult, training_step
 
 STEPS = 10
 ROWS = 4
@@ -141,20 +141,7 @@ def _train(case: Case, ranks: Ranks) -> dict[str, Any]:
     first, steps = whole_weights(run), []
     try:
         for step in range(STEPS):
-            rows = awkward_rows(step, case.tokens, run.architecture.vocab_size, run.architecture.ratios)
-            result = training_step(
-                run.model,
-                config.method,
-                run.state.optimizers,
-                rows[run.ranks.data_rank :: run.ranks.data_size],
-                engine=run.engine,
-                losses=config.train.loss,
-                clip_norm=config.optimizer.clip_norm,
-                guard=run.guard,
-                ranks=run.ranks,
-                phases=Phases(run.ranks.device),
-            )
-            assert result.refusal is None
+            result = take_step(run, step)
             steps.append(
                 {
                     "losses": result.losses,
@@ -168,6 +155,26 @@ def _train(case: Case, ranks: Ranks) -> dict[str, Any]:
     finally:
         run.state.loader.close()
     return {"steps": steps, "first": first, "last": whole_weights(run)}
+
+
+def take_step(run: Run, step: int) -> StepResult:
+    """One step on the awkward rows of that number; all ranks together."""
+    config = run.config
+    rows = awkward_rows(step, config.data.row_tokens, run.architecture.vocab_size, run.architecture.ratios)
+    result = training_step(
+        run.model,
+        config.method,
+        run.state.optimizers,
+        rows[run.ranks.data_rank :: run.ranks.data_size],
+        engine=run.engine,
+        losses=config.train.loss,
+        clip_norm=config.optimizer.clip_norm,
+        guard=run.guard,
+        ranks=run.ranks,
+        phases=Phases(run.ranks.device),
+    )
+    assert result.refusal is None
+    return result
 
 
 def recipe(case: Case, *more: str) -> RunConfig:

@@ -23,7 +23,12 @@ class AdamWConfig(Config):
     eps: float = Field(1e-20, ge=1e-37, description="at least the smallest normal fp32 number, about 1.2e-38")
 
 
-def build_adamw(groups: list[dict[str, Any]], config: AdamWConfig, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over param groups that each set their own "weight_decay"."""
+def build_adamw(
+    groups: list[dict[str, Any]],
+    config: AdamWConfig,
+    learning_rate: float,
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
+) -> torch.optim.Optimizer:
+    """AdamW, of this class, over param groups that each set their own "weight_decay"."""
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=config.eps, fused=True)
+    return kind(groups, lr=learning_rate, betas=betas, eps=config.eps, fused=True)

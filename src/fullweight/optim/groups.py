@@ -25,6 +25,7 @@ from fullweight.core.errors import TrainingError
 from fullweight.core.types import ParameterRole
 from fullweight.optim.adamw import AdamWConfig, build_adamw
 from fullweight.optim.muon import Muon, MuonConfig
+from fullweight.optim.offload import HostAdamW, HostMuon
 from fullweight.optim.pieces import unsupported
 
 
@@ -49,16 +50,18 @@ class OptimizerShare:
 
 
 def build_optimizers(
-    model: torch.nn.Module, roles: Mapping[str, ParameterRole], config: OptimizerConfig
+    model: torch.nn.Module, roles: Mapping[str, ParameterRole], config: OptimizerConfig, *, offload: bool = False
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] over the model's trainable parameters; an optimiser without parameters is left out.
+
+    With `offload` their moments live in host memory (`offload.py`).
 
     Raises TrainingError when a trainable parameter has no role or one that its shape, dtype or sharding
     does not fit, when a role names no parameter, and when nothing is trainable.
     """
     named = dict(model.named_parameters())
     trainable = {name: p for name, p in named.items() if p.requires_grad}
-    _check(named, trainable, roles)
+    _check(named, trainable, roles, config.name)
     # Groups by what a step treats alike: one fused AdamW call takes tensors of one mesh only.
     groups: dict[str, dict[Any, dict[str, Any]]] = {"muon": {}, "adamw": {}}
     for name, parameter in trainable.items():
@@ -73,10 +76,17 @@ def build_optimizers(
         group["params"].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if groups["muon"]:
-        optimizers.append(Muon(list(groups["muon"].values()), config.muon, config.learning_rate))
+        muon = HostMuon if offload else Muon
+        optimizers.append(muon(list(groups["muon"].values()), config.muon, config.learning_rate))
     if groups["adamw"]:
-        optimizers.append(build_adamw(list(groups["adamw"].values()), config.adamw, config.learning_rate))
+        adamw = HostAdamW if offload else torch.optim.AdamW
+        optimizers.append(build_adamw(list(groups["adamw"].values()), config.adamw, config.learning_rate, adamw))
     return optimizers
+
+
+def kind(optimizer: torch.optim.Optimizer) -> Literal["muon", "adamw"]:
+    """Its name in recipes, reports and checkpoints, which does not say where the moments are."""
+    return "muon" if isinstance(optimizer, Muon) else "adamw"
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
@@ -87,11 +97,11 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
 
 
 def summary(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, OptimizerShare]:
-    """Share of the model that each optimiser owns, by its lower-case name ("muon", "adamw")."""
-    shares = {}
+    """Share of the model that each optimiser owns, by its `kind`."""
+    shares: dict[str, OptimizerShare] = {}
     for optimizer in optimizers:
         groups = optimizer.param_groups
-        shares[type(optimizer).__name__.lower()] = OptimizerShare(
+        shares[kind(optimizer)] = OptimizerShare(
             num_tensors=sum(len(g["params"]) for g in groups),
             num_matrices=sum(len(g["params"]) * g.get("num_matrices", 0) for g in groups),
             num_parameters=sum(p.numel() for g in groups for p in g["params"]),
@@ -100,7 +110,7 @@ def summary(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, OptimizerS
 
 
 def _check(
-    named: Mapping[str, Tensor], trainable: Mapping[str, Tensor], roles: Mapping[str, ParameterRole]
+    named: Mapping[str, Tensor], trainable: Mapping[str, Tensor], roles: Mapping[str, ParameterRole], name: str
 ) -> None:
     if not trainable:
         raise TrainingError("the model has no trainable parameter; leave requires_grad on for what must train")
@@ -112,8 +122,10 @@ def _check(
     unknown = sorted(roles.keys() - named.keys())
     if unknown:
         raise TrainingError(f"optimiser roles for parameters that the model does not have: {_some(unknown)}")
-    for name, parameter in trainable.items():
-        _check_one(name, parameter, roles[name])
+    for key, parameter in trainable.items():
+        _check_one(key, parameter, roles[key])
+        if name == "muon" and roles[key].optimizer == "muon":
+            _check_placement(key, parameter)
 
 
 def _check_one(name: str, parameter: Tensor, role: ParameterRole) -> None:
@@ -128,6 +140,9 @@ def _check_one(name: str, parameter: Tensor, role: ParameterRole) -> None:
             f"{name} of shape {shape} is not {count} equal matrices; Muon takes matrices stacked along the "
             "leading dimensions, anything else needs the role adamw"
         )
+
+
+def _check_placement(name: str, parameter: Tensor) -> None:
     if isinstance(parameter, DTensor) and unsupported(parameter):
         raise TrainingError(
             f"{name} is placed {parameter.placements}; Muon takes cuts of a parameter's first and last dimension "

@@ -5,11 +5,12 @@ M <- mu M + G;  O = HNS(mu M + G) * sqrt(max(n, m)) * gamma;  W <- W (1 - eta la
 HNS is ten Newton-Schulz steps from X = M / ||M||_F: eight that drive the singular values near 1 fast, two
 that settle them there. They all end at about 1, so O has RMS gamma and AdamW's learning rate fits.
 
-A parameter may stack many matrices (experts, groups); each is orthogonalised alone, and matrices of one shape
-are batched, also across parameters, within a bound on temporaries. On sharded parameters (DTensor) the momentum
-is sharded likewise; `pieces.py` says which rectangle of it lies on which rank. A matrix that lies whole on one
-rank is updated there, as every expert is. One that is cut, by rows, columns or both, gets one owner rank, by
-cost: its pieces travel there and the result travels back, in rounds of bounded size, two all-to-all calls each.
+A parameter may stack many matrices (experts, groups); each is orthogonalised alone, and matrices of one shape are
+batched, also across the parameters of a bucket (`buckets.py`), within a bound on temporaries. On sharded
+parameters (DTensor) the momentum is sharded likewise; `pieces.py` says which rectangle of it lies on which rank. A
+matrix that lies whole on one rank is updated there, as every expert is. One that is cut, by rows, columns or both,
+gets one owner rank, by cost: its pieces travel there and the result travels back, in rounds of bounded size, two
+all-to-all calls each.
 
 A matrix without direction, all entries below `NO_SIGNAL` (an expert that no token has reached yet), gets a
 zero update; weight decay still applies. Momentum keeps moving an expert whose gradient is zero only now.
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fullweight.core.config import Config
+from fullweight.optim.buckets import buckets
 from fullweight.optim.pieces import Piece, Pieces, pieces_of
 
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
@@ -144,18 +146,21 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for bucket in buckets(self.param_groups):
+            self._step(bucket)
+        return loss
+
+    def _step(self, bucket: list[tuple[dict[str, Any], Tensor]]) -> None:
         whole: list[_Work] = []
         cut: dict[dist.ProcessGroup, list[_CutMatrix]] = defaultdict(list)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._decay_and_accumulate(parameter, group, whole, cut)
+        for group, parameter in bucket:
+            if parameter.grad is not None:
+                self._decay_and_accumulate(parameter, group, whole, cut)
         for shape_work in _by_shape(whole):
             for chunk in _chunks(shape_work):
                 self._update(chunk)
         for process_group, matrices in cut.items():
             self._update_cut(process_group, matrices)
-        return loss
 
     def _decay_and_accumulate(
         self,

@@ -115,6 +115,7 @@ class ParallelConfig(Config):
         "none", description="made again in backward: nothing, the experts, whole blocks"
     )
     deterministic: bool = Field(False, description="only operations that repeat bit for bit")
+    offload_optimizer: bool = Field(False, description="the optimiser's moments live in host memory")
 
     def layout(
         self, world_size: int, architecture: DeepSeekV4Config, row_tokens: int, rows_per_step: int

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fullweight.core.types import Batch
+from fullweight.optim.offload import host_tensors
 from fullweight.parallel.mesh import Ranks
 from fullweight.rehearse.memory import Category
 from fullweight.rehearse.tracer import Tracer
@@ -25,6 +26,7 @@ def traced_step(config: RunConfig, ranks: Ranks, parts: Parts, batches: Sequence
     _make_optimizer_state(parts.optimizers)
     model = parts.model
     with tracer, tracer.watching(model):
+        tracer.leave_out(tensor for optimizer in parts.optimizers for tensor in host_tensors(optimizer))
         tracer.mark([*model.parameters(), *model.buffers()], Category.parameters)
         tracer.mark(_moments(parts.optimizers), Category.optimizer)
         tracer.mark_gradients(model)

@@ -110,6 +110,12 @@ class Tracer(TorchDispatchMode):
                 self._note(storage)
                 self._live[storage].mark = what
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Say that these tensors are in the host's memory: no block is written down for them."""
+        for tensor in tensors:
+            for storage in storages(tensor):
+                self._live[storage] = Block(storage.nbytes(), self.moment, self.module, self._in_backward)
+
     def mark_gradients(self, model: nn.Module) -> None:
         """Whatever is a parameter's gradient when an optimiser begins has been a gradient from its birth on."""
         self._parameters = list(model.parameters())

@@ -104,7 +104,8 @@ def parts_of(plan: Plan, config: RunConfig, ranks: Ranks) -> Parts:
     """Give the planned model storage, not filled, and the recipe's engine and optimisers."""
     model = plan.model
     model.to_empty(device=ranks.device)
-    optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer)
+    offload = config.parallel.offload_optimizer
+    optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer, offload=offload)
     return Parts(model, _engine(config, model, ranks, plan.division), optimizers)
 
 

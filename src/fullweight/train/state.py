@@ -29,6 +29,8 @@ from fullweight.checkpoint.manifest import Generation
 from fullweight.checkpoint.peers import Peers
 from fullweight.core.errors import CheckpointError
 from fullweight.data.loader import PackedLoader
+from fullweight.optim.groups import kind
+from fullweight.optim.offload import moment_like
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard
 
@@ -94,10 +96,9 @@ class TrainState:
         """(prefix of the names of its state, optimiser, parameter)."""
         names = {parameter: _plain(name) for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
-            kind = type(optimizer).__name__.lower()
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    yield f"optimizer.{kind}.{names[parameter]}", optimizer, parameter
+                    yield f"optimizer.{kind(optimizer)}.{names[parameter]}", optimizer, parameter
 
     def _room_for_moments(
         self, generation: Generation, stored: dict[str, store.Stored]
@@ -162,7 +163,7 @@ def _plain(name: str) -> str:
 def _empty(stored: store.Stored, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     """Room for one value of a parameter's optimiser state: shaped and sharded like it, or a counter."""
     if stored.shape == tuple(parameter.shape) and stored.shape:
-        return torch.empty_like(parameter, dtype=stored.dtype, requires_grad=False)
+        return moment_like(optimizer, parameter, stored.dtype)
     on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
     return torch.empty(stored.shape, dtype=stored.dtype, device=parameter.device if on_device else "cpu")
 

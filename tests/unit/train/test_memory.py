@@ -20,6 +20,7 @@ from fullweight.train.memory import check_memory, state_bytes
 from fullweight.train.trainable import freeze
 
 SMOKE = Path(__file__).parents[3] / "recipes" / "tiny_smoke.toml"
+OFFLOAD = "parallel.offload_optimizer=true"
 CPU = torch.device("cpu")
 
 
@@ -76,3 +77,21 @@ def test_a_device_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
     check_memory(config, architecture, Layout(shard=8), torch.device("cuda", 0))
     with pytest.raises(ConfigError, match="this rank's share"):
         check_memory(config, architecture, Layout(shard=2), torch.device("cuda", 0))
+
+
+def test_offloaded_moments_are_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need no room on the device, and the host's for all ranks of the machine."""
+    plain, offloaded = recipe("optimizer.name=adamw"), recipe("optimizer.name=adamw", OFFLOAD)
+    architecture, device = plain.model.architecture(), torch.device("cuda", 0)
+    whole = state_bytes(plain, architecture)
+    assert state_bytes(plain, architecture, with_moments=False) == whole // 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda _device: (whole // 6, whole))
+    check_memory(offloaded, architecture, Layout(shard=4), device)
+    with pytest.raises(ConfigError, match="weights, gradients and moments, this rank's share"):
+        check_memory(plain, architecture, Layout(shard=4), device)
+    with pytest.raises(ConfigError, match="weights and gradients, this rank's share"):
+        check_memory(offloaded, architecture, Layout(shard=2), device)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: whole // 3)
+    with pytest.raises(ConfigError, match="moments in host memory, the shares of 4 of 4 ranks"):
+        check_memory(offloaded, architecture, Layout(shard=4), device)
