@@ -62,6 +62,9 @@ def _case(ranks: int, *, tokens: int = 256, slow: bool = True, **parallel: Any) 
     return Case(ranks, tuple(f"parallel.{k}={json.dumps(v)}" for k, v in parallel.items()), tokens, slow)
 
 
+# Six experts on two or four shards of the same: AdamW lets the rows of their matrices be cut instead.
+UNEVEN = ("optimizer.name=adamw", "model.changes.n_routed_experts=6")
+
 CASES: dict[str, Case] = {
     "one": Case(1, slow=False),
     "one-512": Case(1, tokens=512),
@@ -101,6 +104,10 @@ CASES: dict[str, Case] = {
     "fsdp2-ep2-recompute": _case(4, expert=2, recompute="full", deterministic=True),
     "ep2-recompute": _case(2, expert=2, recompute="selective", deterministic=True),
     "fsdp2-bf16-wire": _case(2, reduce_dtype="bf16"),
+    "uneven": Case(1, UNEVEN, slow=False),
+    "uneven-fsdp2-ep2": Case(4, (*UNEVEN, "parallel.expert=2"), slow=False),
+    "uneven-fsdp4": Case(4, UNEVEN),
+    "uneven-fsdp4-ep2-cp2": Case(8, (*UNEVEN, "parallel.context=2", "parallel.expert=2")),
 }
 # Cases that differ in nothing that may change a bit.
 SAME_BITS = {"fsdp2-ep2-recompute": "fsdp2-ep2", "ep2-recompute": "ep2"}

@@ -6,6 +6,10 @@
 4. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
 5. FSDP: what is cut over other ranks than the rest has its own mesh; gradients are summed, never averaged.
 
+Stacked experts are cut between matrices, so that each lies whole on one rank, as Muon wants it. Where that leaves
+ranks with less than others, or with none, and the optimiser does not care, they are cut along the rows of their
+matrices instead.
+
 Optimisers come after it, for FSDP replaces the parameters.
 """
 
@@ -35,10 +39,13 @@ def parallelize(
     config: ParallelConfig,
     units: Sequence[nn.Module],
     division: Division | None = None,
+    *,
+    whole_experts: bool,
 ) -> None:
     """Lay `model` out over the ranks, in place; `units` are the modules that FSDP gathers one at a time.
 
     All ranks must hold equal parameters, or parameters on the meta device. `division` is that of a pipeline.
+    `whole_experts`: every matrix of an expert stays on one rank, whatever that does to the balance.
     """
     model.set_recompute(config.recompute)
     if division is not None:
@@ -57,8 +64,17 @@ def parallelize(
         for module in model.modules():
             if isinstance(module, Experts):
                 module.dispatch, own_mesh[module] = exchange, meshes.experts
+    by_rows = [] if whole_experts else _uneven_experts(model, meshes.experts or meshes.dense)
     reduce_dtype = torch.bfloat16 if config.reduce_dtype == "bf16" else None
-    shard(model, units, meshes.dense, own_mesh, reduce_dtype, meshes.heads)
+    shard(model, units, meshes.dense, own_mesh, reduce_dtype, meshes.heads, by_rows)
+
+
+def _uneven_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Stacks that the shards of `mesh` cannot share matrix by matrix and can share row by row."""
+    shards = mesh.size(mesh.ndim - 1)
+    stacks = (p for m in model.modules() if isinstance(m, Experts) for p in m.parameters(recurse=False))
+    here = ((p, p.to_local().shape if isinstance(p, DTensor) else p.shape) for p in stacks)
+    return [p for p, (count, rows, _) in here if count % shards and rows % shards == 0]
 
 
 def _slice_rows(model: DeepSeekV4, meshes: Meshes) -> None:

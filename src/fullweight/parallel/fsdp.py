@@ -16,7 +16,7 @@ Left out: mixed-precision gathering, host offload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -34,18 +34,20 @@ def shard(
     own_mesh: Mapping[nn.Module, DeviceMesh] | None = None,
     reduce_dtype: torch.dtype | None = None,
     cut_mesh: DeviceMesh | None = None,
+    by_rows: Collection[nn.Parameter] = (),
 ) -> None:
     """Shard `model` in place over `mesh` (shards, or replicas x shards): every block a unit, the rest the root's.
 
     `own_mesh` names modules inside of blocks whose parameters are sharded over another mesh; what else is a
     DTensor already, this rank's part of it, is sharded over `cut_mesh`. All ranks must hold equal parameters, or
     their parts of cut ones. Parameters become DTensors sharded on dimension 0 (uneven shards
-    are allowed); their gradients are sums over ranks, exchanged in `reduce_dtype` (None: as they are, fp32).
+    are allowed), those of `by_rows` on dimension 1 (which the shards must divide); their gradients are sums over
+    ranks, exchanged in `reduce_dtype` (None: as they are, fp32).
     """
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module, other in (own_mesh or {}).items():
-        fully_shard(module, mesh=other, mp_policy=policy)
-    place = None if cut_mesh is None else _cut_placement(cut_mesh)
+        fully_shard(module, mesh=other, mp_policy=policy, shard_placement_fn=_placement(None, by_rows))
+    place = _placement(cut_mesh, by_rows)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -56,11 +58,24 @@ def shard(
         unit.set_reduce_scatter_unused_params(True, recurse=False)
 
 
-def _cut_placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], ShardPlacementResult | None]:
-    """DTensors on `mesh`, the rest where the unit's are."""
-    shards = mesh.ndim - 1
-    info = FSDPMeshInfo(mesh, shards) if mesh.ndim == 1 else HSDPMeshInfo(mesh, shards, replicate_mesh_dim=0)
-    return lambda parameter: ShardPlacementResult(Shard(0), info) if isinstance(parameter, DTensor) else None
+def _placement(
+    cut_mesh: DeviceMesh | None, by_rows: Collection[nn.Parameter]
+) -> Callable[[nn.Parameter], Shard | ShardPlacementResult | None]:
+    """Those of `by_rows` along dimension 1; of the rest DTensors on `cut_mesh`, others where the unit's are."""
+    rows = set(by_rows)
+    info: FSDPMeshInfo | None = None
+    if cut_mesh is not None:
+        replicated = cut_mesh.ndim > 1
+        info = HSDPMeshInfo(cut_mesh, 1, replicate_mesh_dim=0) if replicated else FSDPMeshInfo(cut_mesh, 0)
+
+    def place(parameter: nn.Parameter) -> Shard | ShardPlacementResult | None:
+        if parameter in rows:
+            return Shard(1)
+        if info is not None and isinstance(parameter, DTensor):
+            return ShardPlacementResult(Shard(0), info)
+        return None
+
+    return place
 
 
 @contextmanager

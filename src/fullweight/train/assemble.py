@@ -96,7 +96,8 @@ def plan_model(config: RunConfig, ranks: Ranks, architecture: DeepSeekV4Config) 
     """Lay the model out over the ranks; nothing of its size is in memory yet."""
     model = empty_model(config, architecture, ranks.device.type)
     division = divide(model, ranks, config.parallel, config.data.row_tokens)
-    parallelize(model, ranks, config.parallel, sharding_units(model), division)
+    units, whole_experts = sharding_units(model), config.optimizer.name == "muon"
+    parallelize(model, ranks, config.parallel, units, division, whole_experts=whole_experts)
     return Plan(model, division)
 
 
