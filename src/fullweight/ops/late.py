@@ -4,7 +4,7 @@ The gradient of a layer's input is what the stage before it in a pipeline waits 
 is needed only by the optimiser. Inside `put_off()`, a product y = f(x, w) runs with a weight that autograd does
 not see (`split`), its backward returns the input's gradient and leaves the weight's as a call in a queue, and
 `WeightGradients.take` hands out the calls of one micro-batch. Each product is formed once, as in an ordinary
-backward, from the same operands: the same bits.
+backward, from the same operands.
 
 Why this way: autograd can also be asked for input gradients first and weight gradients afterwards, over a graph
 that is kept. Functions that form both together, as the fused ones here do, would then run twice, and recomputed

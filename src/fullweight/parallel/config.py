@@ -19,6 +19,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
+from fullweight.parallel.stages import Schedule, legal_micro_batches
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,7 @@ class ParallelConfig(Config):
     """The axes of the layout, and how memory and precision are traded."""
 
     pipeline: PositiveInt = Field(1, description="stages that the layers are divided into")
-    schedule: Literal["1f1b", "interleaved", "zero_bubble", "zbv"] = Field(
-        "1f1b", description="order of micro-batches in a pipeline"
-    )
+    schedule: Schedule = Field("1f1b", description="order of micro-batches in a pipeline")
     virtual_stages: PositiveInt = Field(1, description="stages on each pipeline rank")
     stage_layers: tuple[PositiveInt, ...] = Field(
         (), description="main layers of each stage, in order; by cost when empty"
@@ -173,11 +172,13 @@ class ParallelConfig(Config):
                 f"parallel.stage_layers has {len(self.stage_layers)} stages with {sum(self.stage_layers)} layers, "
                 f"expected {stages} with {layers}; correct it, or leave it out to balance by cost"
             )
-        if micro_batches < self.pipeline:
-            rows = self.pipeline * layout.data_size
+        if not legal_micro_batches(self.schedule, self.pipeline, micro_batches):
+            most = max(micro_batches, self.pipeline) + self.pipeline
+            legal = [n for n in range(1, most + 1) if legal_micro_batches(self.schedule, self.pipeline, n)]
+            rows = _nearest(micro_batches * layout.data_size, [n * layout.data_size for n in legal])
             raise ConfigError(
-                f"a pipeline of {self.pipeline} needs as many micro-batches, a step has {micro_batches} on each "
-                f"data rank; use train.rows_per_step={rows} or more"
+                f"a pipeline of {self.pipeline} with parallel.schedule={self.schedule!r} cannot order "
+                f"the {micro_batches} micro-batches of a step on each data rank; use train.rows_per_step={rows}"
             )
 
 

@@ -61,7 +61,12 @@ def test_a_plain_run_is_data_parallel() -> None:
         (2, {"pipeline": 2, "schedule": "zbv", "virtual_stages": 3}, r"works with exactly 2"),
         (8, {"pipeline": 8}, r"makes 8 stages of 4 layers; .*pipeline=4"),
         (2, {"pipeline": 2, "stage_layers": (1, 2)}, r"2 stages with 3 layers, expected 2 with 4"),
-        (4, {"pipeline": 4, "rows": 2}, r"needs as many micro-batches, a step has 2 .*rows_per_step=4"),
+        (4, {"pipeline": 4, "rows": 2}, r"'1f1b' cannot order the 2 micro-batches of a step.*rows_per_step=4"),
+        (
+            2,
+            {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2, "rows": 5},
+            r"'interleaved' cannot order the 5 .*rows_per_step=4 or 6",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(world: int, axes: dict[str, Any], said: str) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import random
 from itertools import combinations, pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
 from fullweight.models.deepseek_v4.config import PRESETS, DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import forward_flops, layer_flops
-from fullweight.parallel.stages import balanced_layers, cut, rank_of, stages_of
+from fullweight.parallel.pipeline import _MULTI
+from fullweight.parallel.stages import (
+    Schedule,
+    balanced_layers,
+    cut,
+    legal_micro_batches,
+    rank_of,
+    stages_of,
+)
 
 
 def test_no_other_cut_has_a_cheaper_dearest_part() -> None:
@@ -50,6 +61,33 @@ def test_the_stage_of_head_and_mtp_has_fewer_layers() -> None:
     assert sum(counts) == 61
     assert counts[-1] < min(counts[:-1])
     assert max(counts) <= 8
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "zbv"])
+def test_torch_orders_what_is_legal(schedule: Schedule, ranks: int) -> None:
+    """What is called legal is what torch's schedules take; they place all sends and receives when made."""
+    virtual = 1 if schedule == "1f1b" else 2
+    for count in range(ranks, 3 * ranks + 2):
+        stages = [
+            SimpleNamespace(
+                stage_index=index,
+                num_stages=ranks * virtual,
+                group_size=ranks,
+                group_rank=0,
+                submod=None,
+                is_last=index == ranks * virtual - 1,
+                stage_index_to_group_rank={},
+            )
+            for index in stages_of(0, ranks, ranks * virtual, schedule)
+        ]
+        kind: Any = Schedule1F1B if schedule == "1f1b" else _MULTI[schedule]
+        if legal_micro_batches(schedule, ranks, count):
+            kind(stages[0] if schedule == "1f1b" else stages, count)
+        else:
+            with pytest.raises(ValueError, match="multiple of the number of rounds"):
+                kind(stages, count)
+    assert not any(legal_micro_batches(schedule, ranks, count) for count in range(ranks))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
