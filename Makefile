@@ -40,10 +40,10 @@ quickstart: $(RUNTIME) ## train a small model on generated tasks, with scores, r
 	$(BIN)/fullweight train recipes/quickstart.toml --output $(RUN)
 
 test: $(DEVELOP) ## every test that takes seconds
-	$(BIN)/python -m pytest -m "not slow and not crash" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not crash" --ignore=tests/multi $(PYTEST_FLAGS)
 
-test-multi: $(DEVELOP) ## only the tests with several ranks on this machine
-	$(BIN)/python -m pytest tests/multi $(PYTEST_FLAGS)
+test-multi: $(DEVELOP) ## the tests with several ranks on this machine
+	$(BIN)/python -m pytest -m "not slow and not crash" tests/multi $(PYTEST_FLAGS)
 
 test-slow: $(DEVELOP) ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
