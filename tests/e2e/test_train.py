@@ -34,8 +34,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, fullweight: Command) -> P
 def test_the_run_folder_is_complete(finished: Path) -> None:
     """Everything that section 4 of the run folder's documentation names is there."""
     names = {p.name for p in finished.iterdir()}
-    expected = {"config.json", "model.json", "environment.json", "ledger.jsonl", "tokenizer", "checkpoints"}
-    assert names == expected | {"samples", "plots", "export", "summary.html"}
+    expected = {"config.json", "model.json", "environment.json", "launch.json", "ledger.jsonl"}
+    assert names == expected | {"tokenizer", "checkpoints", "samples", "plots", "export", "summary.html"}
     assert [s for s, _ in listed(finished / "checkpoints")] == [3, 6]
     assert sorted(p.name for p in (finished / "samples").iterdir()) == [
         "step-0.json",
