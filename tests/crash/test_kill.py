@@ -177,8 +177,8 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, whole: Whole) 
 
 
 def test_every_point_is_swept() -> None:
-    """A new point has to be killed at."""
-    assert {*SAVING, "load.verify", "load.read", "export"} == set(POINTS)
+    """A new point has to be killed at; `begin.source` is in test_begin.py."""
+    assert {*SAVING, "begin.source", "load.verify", "load.read", "export"} == set(POINTS)
 
 
 @pytest.mark.crash

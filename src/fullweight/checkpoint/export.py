@@ -156,15 +156,24 @@ def check_place(place: Path) -> None:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             found = "not empty" if place.is_dir() else "a file"
             raise CheckpointError(f"{place} is {found}; name a new folder for the checkpoint")
+        if place.is_mount():
+            raise CheckpointError(
+                f"{place} is a mount point, which nothing can be renamed to; name a folder in it"
+            )
     except OSError as error:
         raise CheckpointError(f"{place} cannot be used: {error.strerror}; name another folder") from None
+
+
+def unfinished(place: Path) -> list[Path]:
+    """Folders beside `place` that were to become it when their process died, or that one is filling now."""
+    return sorted(place.parent.glob(f"{_unfinished(place)}*"))
 
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
     """A folder to fill that becomes `place` in one rename, after every file is on disk; removed on any failure."""
     final = place.resolve()
-    staging = final.with_name(f".{final.name}.writing-{os.getpid()}")
+    staging = final.with_name(f"{_unfinished(final)}{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -179,6 +188,10 @@ def new_folder(place: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _unfinished(place: Path) -> str:
+    return f".{place.name}.writing-"
 
 
 # ---- writing ------------------------------------------------------------------------------------------

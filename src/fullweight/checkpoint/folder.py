@@ -101,13 +101,14 @@ class PublishedFolder:
             if stored.scale is None:
                 rows.copy_(codes if whole else codes[:, column : column + rows.shape[1]])
                 continue
+            where = f"{self.path / self.files[name]}: {name}"
             direct = whole and rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.bfloat16)
             decoded = rows if direct else torch.empty(last - first, stored.shape[1])
             if stored.storage == "FP4":
-                fp4.decode(codes, self.raw(stored.scale, first, last), decoded, name)
+                fp4.decode(codes, self.raw(stored.scale, first, last), decoded, where)
             else:
                 scales = self.raw(stored.scale, first // FP8_BLOCK, -(-last // FP8_BLOCK))
-                fp8.decode(codes, scales, decoded, name, first % FP8_BLOCK)
+                fp8.decode(codes, scales, decoded, where, first % FP8_BLOCK)
             if not direct:
                 rows.copy_(decoded[:, column : column + rows.shape[1]])
 
@@ -197,10 +198,12 @@ def row_chunks(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[
 def read_index(folder: Path) -> dict[str, str] | None:
     """The index's map from tensor to file; None where there is no index."""
     index = folder / INDEX
-    if not index.exists():
-        return None
     try:
         found = {str(k): str(v) for k, v in parse_json(index.read_bytes())["weight_map"].items()}
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a checkpoint index: {error}") from None
     foreign = sorted({name for name in found.values() if Path(name).name != name})

@@ -91,6 +91,8 @@ def read_pointer(folder: Path) -> tuple[str, str] | None:
         text = (folder / POINTER).read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise CorruptError(f"{folder / POINTER} cannot be read: {error.strerror}") from None
     found = _POINTER_TEXT.fullmatch(text.decode("ascii", errors="replace"))
     if found is None:
         raise CorruptError(f"{folder / POINTER} is damaged: found {text[:40]!r}, expected a name and a digest")

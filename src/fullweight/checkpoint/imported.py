@@ -19,6 +19,7 @@ from fullweight.checkpoint.folder import PartRead, PublishedFolder
 from fullweight.checkpoint.hashing import digest
 from fullweight.checkpoint.receipt import Receipt
 from fullweight.checkpoint.source import SourceForm
+from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError
 from fullweight.models.deepseek_v4.convert import stacks
 
@@ -78,6 +79,7 @@ def keep_form(path: Path, into: Path) -> str:
             files = sorted(p for p in staging.rglob("*") if p.is_file())
             listed = "".join(f"{digest(p).sha256}  {p.relative_to(staging)}\n" for p in files).encode()
             (staging / _SEAL).write_bytes(listed)
+            crash_point("begin.source")
     finally:
         form.close()
     return hashlib.sha256(listed).hexdigest()

@@ -25,6 +25,7 @@ from fullweight.core import durable
 from fullweight.core.config import Config
 from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError, ConfigError
+from fullweight.core.strict_json import parse_json
 
 MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
@@ -118,7 +119,7 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     if seal != _seal(found):
         raise CorruptError(f"{path}: {MANIFEST} has SHA-256 {found[:12]}..., which is not what {SEAL} says")
     try:
-        manifest = Manifest.resolve(json.loads(text), str(path / MANIFEST))
+        manifest = Manifest.resolve(parse_json(text), str(path / MANIFEST))
     except (ValueError, ConfigError) as error:
         raise CorruptError(f"{path}: {MANIFEST} cannot be understood: {error}") from None
     if NAME.fullmatch(path.name) and manifest.generation != path.name:

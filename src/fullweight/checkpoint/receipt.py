@@ -19,9 +19,11 @@ from fullweight.checkpoint.folder import PublishedFolder
 from fullweight.checkpoint.native import decoder_name
 from fullweight.core import durable
 from fullweight.core.errors import CheckpointError
+from fullweight.core.strict_json import parse_json
 
 RECEIPT = "receipt.json"
 _VERSION = 1
+_GIVE = f"give the {RECEIPT} that a conversion left"
 
 
 @dataclass
@@ -119,11 +121,16 @@ def compare(folder: PublishedFolder, receipt: Path) -> int:
     Raises CheckpointError naming the tensors that differ, are missing or are not in the receipt.
     """
     try:
-        found = json.loads(receipt.read_text(encoding="utf-8"))
-        listed = {entry["name"]: entry for entry in found["written"]}
+        found = parse_json(receipt.read_bytes())
+        listed = {str(entry["name"]): dict(entry) for entry in found["written"]}
         version = found["receipt"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{receipt} is no receipt: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{receipt} cannot be read: {error.strerror}; {_GIVE}") from None
+    except (KeyError, TypeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else "is not a list of tensors"
+        raise CheckpointError(f"{receipt} is no receipt: it {what}; {_GIVE}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{receipt} is no receipt: {error}; {_GIVE}") from None
     if version != _VERSION:
         raise CheckpointError(f"{receipt} is a receipt of version {version!r}; this program reads {_VERSION}")
     absent, unknown = sorted(listed.keys() - folder.files.keys()), sorted(folder.files.keys() - listed.keys())

@@ -188,7 +188,11 @@ class ShardWriter:
         self._data = 8 + len(header)
         self._filled = dict.fromkeys(self.entries, 0)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._put(0, len(header).to_bytes(8, "little") + header)
+        try:
+            self._put(0, len(header).to_bytes(8, "little") + header)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, name: str, rows: Tensor) -> memoryview:
         """Write the next rows of a tensor (its stored dtype); returns the bytes written, for hashing."""

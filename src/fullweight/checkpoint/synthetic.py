@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fullweight.checkpoint.export import Progress, new_folder
+from fullweight.checkpoint.export import Progress, check_place, new_folder
 from fullweight.checkpoint.folder import row_chunks
 from fullweight.checkpoint.plan import published_config
 from fullweight.checkpoint.published import (
@@ -58,8 +58,7 @@ def write_synthetic(
     folder = Path(folder)
     if layout not in LAYOUTS:
         raise CheckpointError(f"unknown layout {layout!r}; use one of {', '.join(LAYOUTS)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty; name a new folder")
+    check_place(folder)
     how, count = LAYOUTS[layout], num_shards(config)
     files: dict[str, list[tuple[PublishedTensor, list[StoredTensor]]]] = {}
     for tensor in (*published_tensors(config), *draft_tensors(config)):

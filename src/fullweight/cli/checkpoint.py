@@ -18,6 +18,7 @@ checkpoint_app = typer.Typer(help="Look after saved training states.", no_args_i
 
 _RUN = "folder of a run"
 _EITHER = "folder of a run (its newest checkpoint) or of one checkpoint"
+_GIVE = f"give the {_EITHER}"
 
 
 @checkpoint_app.command("ls")
@@ -34,6 +35,7 @@ def ls_command(run: Annotated[Path, typer.Argument(help=_RUN)]) -> None:
     except CorruptError as error:
         pointer = None
         typer.echo(str(error), err=True)
+    damaged: list[str] = []  # told below the table, whose width they would take
     table = Table(box=None)
     for name in ("checkpoint", "step", "written (UTC)", "ranks", "MB", "torch", ""):
         table.add_column(name, no_wrap=True)
@@ -42,7 +44,8 @@ def ls_command(run: Annotated[Path, typer.Argument(help=_RUN)]) -> None:
         try:
             manifest = read_manifest(path)[0]
         except CorruptError as error:
-            table.add_row(path.name, str(step), "", "", "", "", f"damaged: {error}")
+            table.add_row(path.name, str(step), "", "", "", "", "damaged")
+            damaged.append(str(error))
             continue
         facts = manifest.facts
         written, size = manifest.written_at.removesuffix("+00:00"), f"{manifest.size_bytes / 1e6:,.1f}"
@@ -57,6 +60,8 @@ def ls_command(run: Annotated[Path, typer.Argument(help=_RUN)]) -> None:
         _console().print(table)
     else:
         typer.echo(f"no checkpoint in {folder}")
+    for reason in damaged:
+        typer.secho(f"damaged: {reason}", fg="red")
 
 
 @checkpoint_app.command("verify")
@@ -107,7 +112,10 @@ def diff_command(
 
     comparison = compare(verify(_generation(first)), verify(_generation(second)))
     if json_file is not None:
-        json_file.write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
+        try:
+            json_file.write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot write {json_file}: {error.strerror}; name another file") from None
     _print_comparison(comparison, limit, _console())
     if not comparison.same_state:
         raise typer.Exit(1)
@@ -194,9 +202,9 @@ def _generation(path: Path) -> Path:
     if RunFolder(path).config.is_file():
         return generations.newest(RunFolder(path).checkpoints)
     if not path.is_dir():
-        raise CheckpointError(f"no folder at {path}; give {_EITHER}")
+        raise CheckpointError(f"no folder at {path}; {_GIVE}")
     if NAME.fullmatch(path.resolve().name) is None and not (path / "manifest.json").is_file():
-        raise CheckpointError(f"{path} is neither a run nor a checkpoint; give {_EITHER}")
+        raise CheckpointError(f"{path} is neither a run nor a checkpoint; {_GIVE}")
     return path
 
 

@@ -19,6 +19,7 @@ from fullweight.core.launcher import restart_count
 VARIABLE = "FULLWEIGHT_CRASH_AT"
 
 POINTS = (
+    "begin.source",  # the form of the run's source is kept, its folder has not its name yet
     "save.begin",  # before anything is written
     "save.shard",  # a part of a shard is written
     "save.manifest",  # shards are on disk, the manifest is not

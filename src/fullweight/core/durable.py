@@ -37,9 +37,14 @@ def rename(path: Path, name: Path) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file beside its place, on the disk before it gets its name; a reader never meets half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
+    beside = temporary(path)
+    with beside.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    rename(temporary, path)
+    rename(beside, path)
+
+
+def temporary(path: Path) -> Path:
+    """Where `write` writes a file before it has its name; a kill may leave it there."""
+    return path.with_name(f".{path.name}.tmp")

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from fullweight.checkpoint.export import ModelWeights, write_checkpoint
+from fullweight.checkpoint.export import ModelWeights, unfinished, write_checkpoint
 from fullweight.checkpoint.gather import WholeTensors
 from fullweight.checkpoint.imported import open_form
 from fullweight.checkpoint.peers import Peers
@@ -76,8 +76,8 @@ def clear(folder: RunFolder) -> None:
     """Remove an earlier export and what killed ones left: its name first, so that no half of it is ever found."""
     final = folder.export
     stale = final.with_name(f".{final.name}.writing-0")
-    for unfinished in final.parent.glob(f".{final.name}.writing-*"):
-        shutil.rmtree(unfinished)
+    for path in unfinished(final):
+        shutil.rmtree(path)
     if final.is_dir():
         final.rename(stale)
         shutil.rmtree(stale)

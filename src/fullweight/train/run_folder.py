@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import torch
 
+from fullweight.checkpoint.export import unfinished
 from fullweight.core import durable
 from fullweight.core.errors import ConfigError
 
@@ -94,6 +95,11 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raise ConfigError when the folder holds something already."""
+        if self.launch.is_file() and not self.config.is_file():
+            raise ConfigError(
+                f"{self.root} is not empty: a run is being begun there, or was killed before it had begun; delete "
+                "the folder if no process is at it, or choose another --output"
+            )
         if self.root.exists() and (not self.root.is_dir() or any(p != self.stalls for p in self.root.iterdir())):
             raise ConfigError(
                 f"{self.root} is not empty; choose another --output, or continue it with "
@@ -111,8 +117,9 @@ class RunFolder:
         """Remove what a run without a checkpoint left, but for stacks; last of all, who made the folder."""
         for path in (self.ledger, self.config, self.model, self.environment, self.imported, self.summary):
             path.unlink(missing_ok=True)
+            durable.temporary(path).unlink(missing_ok=True)
         folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.root / "plots")
-        for path in folders:
+        for path in (*folders, *unfinished(self.source), *unfinished(self.export)):
             if path.exists():
                 shutil.rmtree(path)
         self.launch.unlink()

@@ -403,7 +403,10 @@ def _nan(scale: Tensor) -> Tensor:
     [
         (_set(f"{WKV}.scale", lambda t: t[:, :1]), rf"{WKV}\.scale has shape \[1, 1\], expected \[1, 2\]"),
         (_set(f"{EXPERT}.scale", lambda t: t[:-1]), rf"{EXPERT}\.scale has shape \[143, 3\], expected \[144, 3\]"),
-        (_set(f"{EXPERT}.scale", _nan), rf"{EXPERT}\.weight: the scale of block \[1, 0\] is NaN \(byte 255\)"),
+        (
+            _set(f"{EXPERT}.scale", _nan),
+            rf"\.safetensors: {EXPERT}\.weight: the scale of block \[1, 0\] is NaN \(byte 255\)",
+        ),
         (_set(f"{WKV}.scale", lambda t: _nan(t.T.contiguous()).T), rf"{WKV}\.weight: the scale of block \[0, 1\]"),
         (_set(f"{EXPERT}.scale", lambda t: t.float()), rf"{EXPERT}\.scale is stored as float32"),
         (_set(f"{WKV}.scale", lambda t: t.view(torch.uint8)), rf"{WKV}\.scale is stored as uint8"),

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.checkpoint.saved import save
 
 from fullweight.checkpoint import generations
-from fullweight.checkpoint.generations import OnCorrupt, choose, listed, locked, newest, set_aside
+from fullweight.checkpoint.generations import POINTER, OnCorrupt, choose, listed, locked, newest, set_aside
 from fullweight.checkpoint.manifest import CorruptError
 from fullweight.core.errors import CheckpointError
 
@@ -110,6 +110,15 @@ def test_a_damaged_pointer_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(CorruptError, match="latest is damaged"):
         choose(tmp_path)
     assert choose(tmp_path, OnCorrupt.previous).generation.step == 1
+
+
+def test_a_folder_in_the_pointers_place_is_refused(tmp_path: Path) -> None:
+    """Named like every other damage, with the generation that could be taken."""
+    save(tmp_path, 1)
+    (tmp_path / POINTER).unlink()
+    (tmp_path / POINTER).mkdir()
+    with pytest.raises(CorruptError, match=r"latest cannot be read: Is a directory\. step-1 is intact"):
+        choose(tmp_path)
 
 
 def test_every_bit_of_the_pointer_matters(tmp_path: Path) -> None:

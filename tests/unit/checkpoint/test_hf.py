@@ -158,6 +158,14 @@ def test_export_refuses_a_file_in_its_place(tmp_path: Path) -> None:
     assert (tmp_path / "model").read_text() == "{}"
 
 
+def test_export_refuses_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a rename onto it would fail after everything was written."""
+    monkeypatch.setattr(Path, "is_mount", lambda path: True)
+    with pytest.raises(CheckpointError, match=r"is a mount point, .* name a folder in it"):
+        export_checkpoint(_model(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     """When the last file cannot be written, neither the folder nor its staging place remains."""
 

@@ -131,6 +131,16 @@ def test_a_checkpoint_without_digests_is_refused(tmp_path: Path) -> None:
         verify(path)
 
 
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff", b"[]", b"{}", b"1" * 5000])
+def test_a_sealed_manifest_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None:
+    """Somebody else's manifest with a right seal: a reason, whatever is wrong with it."""
+    path = save(tmp_path, 1)
+    (path / MANIFEST).write_bytes(text)
+    (path / SEAL).write_text(f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n")
+    with pytest.raises(CorruptError, match=r"manifest\.json cannot be understood"):
+        verify(path)
+
+
 def test_a_copy_under_another_name_verifies(tmp_path: Path) -> None:
     """A backup may be called anything that is not a generation's name."""
     path = save(tmp_path, 1)

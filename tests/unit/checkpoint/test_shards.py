@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,21 @@ def forged(header: object, data: bytes = b"\0" * 8) -> bytes:
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def test_a_header_that_cannot_be_written_leaves_no_open_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open file keeps its disk full, and its mount busy, after the folder is removed."""
+
+    def full(*given: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "model.safetensors"
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        ShardWriter(path, make_header({"a": ("F32", (2,))}))
+    assert str(path) not in {os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()}
 
 
 @pytest.mark.parametrize(

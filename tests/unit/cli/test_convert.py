@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fullweight.checkpoint.hf import export_checkpoint, load_model
-from fullweight.checkpoint.published import totals
+from fullweight.checkpoint.published import INDEX, totals
 from fullweight.checkpoint.receipt import RECEIPT
 from fullweight.checkpoint.synthetic import write_synthetic
 from fullweight.cli.main import main
@@ -108,3 +109,40 @@ def test_synthesise(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert stored(tmp_path / "made") == {n: b for n, b in stored(folders / "fp4").items() if n != "tokenizer.json"}
     assert run("synthesise", folders / "fp4" / "config.json", tmp_path / "made") == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no receipt: not JSON"),
+        (b"\xff", "is no receipt: not UTF-8"),
+        (b"[" * 100_000, "is no receipt: JSON nested too deeply"),
+        (b"[]", "is no receipt: it is not a list of tensors"),
+        (b"{}", "is no receipt: it lacks 'written'"),
+        (b'{"receipt": 1, "written": [3]}', "is no receipt: it is not a list of tensors"),
+        (b'{"receipt": 1, "written": ["ab"]}', "is no receipt: it is not a list of tensors"),
+        (b'{"receipt": 9, "written": []}', "is a receipt of version 9"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_what_is_no_receipt_is_refused(
+    content: bytes | None, message: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the file holds: its name, what is wrong and what to give instead."""
+    receipt = tmp_path / "receipt.json"
+    if content is not None:
+        receipt.write_bytes(content)
+    assert run("inspect", folders / "fp4", "--receipt", receipt) == 1
+    said = capsys.readouterr().err
+    assert f"{receipt} {message}" in said
+
+
+def test_an_index_that_cannot_be_read_is_named(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder in its place is not a full disk."""
+    shutil.copytree(folders / "fp4", tmp_path / "copy")
+    (tmp_path / "copy" / INDEX).unlink()
+    (tmp_path / "copy" / INDEX).mkdir()
+    assert run("inspect", tmp_path / "copy") == 1
+    assert f"{INDEX} cannot be read: Is a directory" in capsys.readouterr().err

@@ -46,6 +46,19 @@ def test_a_cleared_folder_keeps_stacks_and_what_others_put_there(tmp_path: Path)
         folder.create({"launch": "c"})
 
 
+def test_what_a_kill_at_the_beginning_left_is_cleared(tmp_path: Path) -> None:
+    """Folders and files that had no name yet go too; a folder that never became a run is said to be none."""
+    folder = RunFolder(tmp_path / "run")
+    folder.create({"launch": "a"})
+    (folder.root / ".source.writing-123" / "headers").mkdir(parents=True)
+    (folder.root / ".model.json.tmp").write_text("{")
+    with pytest.raises(ConfigError, match="not empty: a run is being begun there, or was killed"):
+        folder.check_free()
+    folder.clear()
+    assert list(folder.root.iterdir()) == []
+    folder.create({"launch": "b"})
+
+
 def test_free_name_counts_up(tmp_path: Path) -> None:
     """The default folder of a recipe that ran before gets a number; an empty one is reused."""
     wanted = tmp_path / "quick"
