@@ -55,12 +55,14 @@ class Stored:
 class Catalogue:
     """`tensors` of the model and `drafts` of DSpark by published name; `copies` are names that import ignores.
 
-    `entries` are the headers' by stored name. Raises CheckpointError beginning with `where` on a tensor missing,
-    left over, misshapen or of a wrong dtype, naming it.
+    `entries` are the headers' by stored name, `files` the file of each. Raises CheckpointError beginning with the
+    folder `where` on a tensor missing or left over, and with its file on one misshapen or of a wrong dtype.
     """
 
-    def __init__(self, where: Path, config: DeepSeekV4Config, entries: Mapping[str, Entry]) -> None:
-        self.where, self.entries = where, entries
+    def __init__(
+        self, where: Path, config: DeepSeekV4Config, entries: Mapping[str, Entry], files: Mapping[str, str]
+    ) -> None:
+        self.where, self.entries, self.files = where, entries, files
         self.copies = [name for name in entries if is_copy(name)]
         wanted, drafts = published_tensors(config), draft_tensors(config)
         self._check_names(wanted, drafts)
@@ -99,10 +101,13 @@ class Catalogue:
         stem = name.removesuffix("weight")
         return next((n for n in (f"{stem}scale", f"{stem}weight_scale_inv") if n in self.entries), None)
 
+    def _place(self, stored_name: str) -> str:
+        return f"{self.where / self.files[stored_name]}: {stored_name}"
+
     def _stored(self, tensor: PublishedTensor) -> Stored:
         """Check a tensor's dtype and shape, and its scales'."""
         entry = self.entries[tensor.name]
-        where, found = f"{self.where}: {tensor.name}", str(DTYPES[entry.dtype]).removeprefix("torch.")
+        where, found = self._place(tensor.name), str(DTYPES[entry.dtype]).removeprefix("torch.")
         quantised = {"I8": "FP4", "F8_E4M3": "F8_E4M3"}.get(entry.dtype)
         allowed = {"I64"} if tensor.kind == "table" else _PLAIN
         if entry.dtype not in allowed and (quantised is None or len(tensor.shape) != 2 or tensor.kind == "table"):
@@ -124,11 +129,11 @@ class Catalogue:
         if scales.dtype not in allowed:
             names = " or ".join(sorted(str(DTYPES[d]).removeprefix("torch.") for d in allowed))
             found = str(DTYPES[scales.dtype]).removeprefix("torch.")
-            raise CheckpointError(f"{self.where}: {scale} is stored as {found}; expected {names}")
+            raise CheckpointError(f"{self._place(scale)} is stored as {found}; expected {names}")
         expected_shape = (fp4_scale_shape if quantised == "FP4" else fp8_scale_shape)(tensor.shape)
         if scales.shape != expected_shape:
             raise CheckpointError(
-                f"{self.where}: {scale} has shape {list(scales.shape)}, expected {list(expected_shape)} for "
+                f"{self._place(scale)} has shape {list(scales.shape)}, expected {list(expected_shape)} for "
                 f"{tensor.name} {list(tensor.shape)}"
             )
         return Stored(tensor.name, tensor.shape, quantised, scale, scales.dtype)

@@ -69,7 +69,7 @@ class PublishedFolder:
         try:
             self._open()
             entries = {n: e for reader in self.readers.values() for n, e in reader.entries.items()}
-            self.catalogue = Catalogue(self.path, self.config, entries)
+            self.catalogue = Catalogue(self.path, self.config, entries, self.files)
         except BaseException:
             self.close()
             raise

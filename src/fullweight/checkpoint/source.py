@@ -40,7 +40,7 @@ class SourceForm:
             self.files |= dict.fromkeys(found, file)
             entries |= found
         self.config = DeepSeekV4Config.from_file(path)
-        self.catalogue = Catalogue(path, self.config, entries)
+        self.catalogue = Catalogue(path, self.config, entries, self.files)
         self._readers: dict[str, ShardReader] = {}
 
     @classmethod

@@ -401,7 +401,10 @@ def _nan(scale: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set(f"{WKV}.scale", lambda t: t[:, :1]), rf"{WKV}\.scale has shape \[1, 1\], expected \[1, 2\]"),
+        (
+            _set(f"{WKV}.scale", lambda t: t[:, :1]),
+            rf"\.safetensors: {WKV}\.scale has shape \[1, 1\], expected \[1, 2\]",
+        ),
         (_set(f"{EXPERT}.scale", lambda t: t[:-1]), rf"{EXPERT}\.scale has shape \[143, 3\], expected \[144, 3\]"),
         (
             _set(f"{EXPERT}.scale", _nan),
@@ -410,7 +413,10 @@ def _nan(scale: Tensor) -> Tensor:
         (_set(f"{WKV}.scale", lambda t: _nan(t.T.contiguous()).T), rf"{WKV}\.weight: the scale of block \[0, 1\]"),
         (_set(f"{EXPERT}.scale", lambda t: t.float()), rf"{EXPERT}\.scale is stored as float32"),
         (_set(f"{WKV}.scale", lambda t: t.view(torch.uint8)), rf"{WKV}\.scale is stored as uint8"),
-        (_set(f"{WKV}.weight", lambda t: t.view(torch.uint8)), rf"{WKV}\.weight is stored as uint8"),
+        (
+            _set(f"{WKV}.weight", lambda t: t.view(torch.uint8)),
+            rf"\.safetensors: {WKV}\.weight is stored as uint8",
+        ),
         (_set(f"{EXPERT}.weight", lambda t: t[:, :-1]), rf"{EXPERT}\.weight has shape \[144, 35\], expected .*36"),
         (_without(f"{EXPERT}.scale"), rf"{EXPERT}\.scale is missing"),
         (_without(f"{EXPERT}.weight"), rf"missing {EXPERT}\.weight; left over {EXPERT}\.scale"),
