@@ -31,10 +31,13 @@ def clip_grad_norm(
     `norms` are `local_norms` of the gradients that there are, when the caller has them. The ranks of `across`
     hold different parameters of one model, and all call.
     """
+    parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = global_norm(gradients, norms, across)
+    # a rank of `across` may have no gradient, and still says so in the type and place of the others
+    none = _local(parameters[0]).new_zeros((), dtype=_wide(parameters[0])) if parameters else torch.zeros(())
+    norm = global_norm(gradients, norms, across, none)
     value = norm.item()
-    if math.isfinite(value) and value > max_norm:
+    if gradients and math.isfinite(value) and value > max_norm:
         torch._foreach_mul_([_local(g) for g in gradients], max_norm / value)
     return norm
 
@@ -49,14 +52,20 @@ def local_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def global_norm(
-    tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None, across: dist.ProcessGroup | None = None
+    tensors: Sequence[Tensor],
+    norms: Sequence[Tensor] | None = None,
+    across: dist.ProcessGroup | None = None,
+    none: Tensor | None = None,
 ) -> Tensor:
-    """2-norm of all the tensors together (a scalar); collective over `across` and the meshes that shard them."""
+    """2-norm of all the tensors together (a scalar); collective over `across` and the meshes that shard them.
+
+    `none` is the scalar 0 that stands for no tensors.
+    """
     by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for tensor, norm in zip(tensors, local_norms(tensors) if norms is None else norms, strict=True):
         by_groups.setdefault(_sharding_groups(tensor), []).append(norm)
     squares = [_sum_over(torch.stack(norms).square().sum(), groups) for groups, norms in by_groups.items()]
-    total = torch.stack(squares).sum() if squares else torch.zeros(())
+    total = torch.stack(squares).sum() if squares else torch.zeros(()) if none is None else none.detach()
     return _sum_over(total, () if across is None else (across,)).sqrt()
 
 

@@ -106,7 +106,10 @@ def parts_of(plan: Plan, config: RunConfig, ranks: Ranks) -> Parts:
     model = plan.model
     model.to_empty(device=ranks.device)
     offload = config.parallel.offload_optimizer
-    optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer, offload=offload)
+    optimizers = []
+    # what trains may lie in other stages of a pipeline alone
+    if plan.division is None or any(p.requires_grad for p in model.parameters()):
+        optimizers = build_optimizers(model, model.parameter_roles(), config.optimizer, offload=offload)
     return Parts(model, _engine(config, model, ranks, plan.division), optimizers)
 
 
