@@ -48,10 +48,6 @@ class RoleResult:
     tracer_rss_bytes: int
     timeline: Curve
 
-    @property
-    def sent_bytes(self) -> int:
-        return sum(e.num_bytes for e in self.exchanges)
-
 
 @dataclass(frozen=True)
 class Rehearsal:
