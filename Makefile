@@ -24,12 +24,15 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $
 RUNTIME := $(VENV)/.installed
 DEVELOP := $(VENV)/.installed-dev
 
+TORCH_NPU := torch_npu==2.13.0
+ASCEND := $(VENV)/ascend/.installed
+
 # A .venv whose interpreter has gone is made again, stamps and all.
 $(shell test -x $(BIN)/python || rm -f $(RUNTIME) $(DEVELOP))
 
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup quickstart test test-multi test-slow test-crash lint bench clean
+.PHONY: help setup quickstart test test-multi test-slow test-crash test-ascend lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -40,16 +43,25 @@ quickstart: $(RUNTIME) ## train a small model on generated tasks, with scores, r
 	$(BIN)/fullweight train recipes/quickstart.toml --output $(RUN)
 
 test: $(DEVELOP) ## every test that takes seconds
-	$(BIN)/python -m pytest -m "not slow and not crash" --ignore=tests/multi $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not slow and not crash" --ignore=tests/multi --ignore=tests/ascend $(PYTEST_FLAGS)
 
 test-multi: $(DEVELOP) ## the tests with several ranks on this machine
 	$(BIN)/python -m pytest -m "not slow and not crash" tests/multi $(PYTEST_FLAGS)
 
 test-slow: $(DEVELOP) ## the tests that take longer
-	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m slow --ignore=tests/ascend $(PYTEST_FLAGS)
 
 test-crash: $(DEVELOP) ## kill, damage, fill disks: the sweep over checkpoints (minutes)
 	$(BIN)/python -m pytest -m crash tests/crash $(PYTEST_FLAGS)
+
+# torch_npu is kept out of .venv: torch would import it, and want CANN, in every process.
+ifeq ($(shell uname -sm),Linux x86_64)
+test-ascend: $(ASCEND) ## the Ascend path against torch_npu itself, without an Ascend (Linux x86-64)
+	@eval "$$($(BIN)/python tests/ascend/cann.py)" && $(BIN)/python -m pytest tests/ascend $(PYTEST_FLAGS)
+else
+test-ascend:
+	@echo "test-ascend needs Linux on x86-64, for which PyPI has $(TORCH_NPU); this is $$(uname -sm)"
+endif
 
 lint: $(DEVELOP) ## ruff, mypy, and the rules on who may import whom
 	$(BIN)/ruff check .
@@ -83,6 +95,11 @@ $(RUNTIME): pyproject.toml | $(BIN)/python
 	@echo "installing fullweight into $(VENV) (a minute or two from a nearby package index)"
 	@$(PIP_INSTALL) "$$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)"
 	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(ASCEND): $(DEVELOP)
+	@echo "installing $(TORCH_NPU) into $(VENV)/ascend"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/ascend "$(TORCH_NPU)"
 	@touch $@
 
 $(DEVELOP): $(RUNTIME)
