@@ -62,6 +62,15 @@ def _case(ranks: int, *, tokens: int = 256, slow: bool = True, **parallel: Any) 
     return Case(ranks, tuple(f"parallel.{k}={json.dumps(v)}" for k, v in parallel.items()), tokens, slow)
 
 
+# About every twelfth choice finds its expert full.
+TIGHT = ("parallel.expert_capacity_factor=0.9",)
+
+
+def _tight(ranks: int, **options: Any) -> Case:
+    case = _case(ranks, **options)
+    return replace(case, settings=(*TIGHT, *case.settings))
+
+
 # Six experts on two or four shards of the same: AdamW lets the rows of their matrices be cut instead.
 UNEVEN = ("optimizer.name=adamw", "model.changes.n_routed_experts=6")
 
@@ -104,6 +113,13 @@ CASES: dict[str, Case] = {
     "fsdp2-ep2-recompute": _case(4, expert=2, recompute="full", deterministic=True),
     "ep2-recompute": _case(2, expert=2, recompute="selective", deterministic=True),
     "fsdp2-bf16-wire": _case(2, reduce_dtype="bf16"),
+    "capacity": Case(1, TIGHT, slow=False),
+    "capacity-512": Case(1, TIGHT, tokens=512),
+    "capacity-fsdp2": _tight(2),
+    "capacity-cp2-ep2": _tight(2, context=2, expert=2, slow=False),
+    "capacity-tp2": _tight(2, tensor=2),
+    "capacity-pp2-zbv-ep2": _tight(4, pipeline=2, schedule="zbv", virtual_stages=2, expert=2),
+    "capacity-fsdp2-cp2-tp2-ep8-recompute": _tight(8, context=2, tensor=2, expert=8, recompute="full", tokens=512),
     "uneven": Case(1, UNEVEN, slow=False),
     "uneven-fsdp2-ep2": Case(4, (*UNEVEN, "parallel.expert=2"), slow=False),
     "uneven-fsdp4": Case(4, UNEVEN),
@@ -167,6 +183,7 @@ def _train(case: Case, ranks: Ranks) -> dict[str, Any]:
                     "grad_norm": result.grad_norm,
                     "tokens": (result.num_tokens, result.num_padding, result.num_trained),
                     "expert_counts": result.expert_counts,
+                    "dropped": result.num_dropped,
                     "without_gradient": result.without_gradient,
                     "unseen": result.num_unseen_embeddings,
                 }

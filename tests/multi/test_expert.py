@@ -25,6 +25,12 @@ ROUTINGS = {
     "even": lambda t: torch.stack((torch.arange(t) % EXPERTS, (torch.arange(t) + 3) % EXPERTS), 1),
     # the last two ranks get no row, forward or backward
     "first rank alone": lambda t: torch.tensor([[1, 0]]).expand(t, 2),
+    # beyond a capacity: choices of no expert, all of a token's among them, all of the first rank's
+    "some dropped": lambda t: (
+        torch.stack((torch.arange(t) % (EXPERTS + 1), torch.full((t,), EXPERTS)), 1)
+        if t > TOKENS[0]
+        else torch.full((t, 2), EXPERTS)
+    ),
     "middle rank not": lambda t: torch.stack((torch.zeros(t, dtype=torch.int64), 4 + torch.arange(t) % 2), 1),
 }
 
@@ -95,10 +101,12 @@ def test_dealt_experts_are_the_whole_ones(
     gate_up, down = (part.double().requires_grad_() for part in experts())
     x.requires_grad_()
     weights.requires_grad_()
+    none = chosen == EXPERTS
+    chosen = chosen.masked_fill(none, 0)
     rows = torch.einsum("tkhd,td->tkh", gate_up[chosen], x)
     gate, up = rows.chunk(2, -1)
     hidden = torch.nn.functional.silu(gate.clamp(max=LIMIT)) * up.clamp(-LIMIT, LIMIT)
-    out = torch.einsum("tkdh,tkh,tk->td", down[chosen], hidden, weights)
+    out = torch.einsum("tkdh,tkh,tk->td", down[chosen], hidden, weights.masked_fill(none, 0))
     out.backward(grad)
     expected = {"out": out.detach(), "x": x.grad, "weights": weights.grad}
     ranks = [result[operations, routing] for result in found]

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.multi.layouts import CASES, INEXACT, SAME_BITS, STEPS, Case, Found, awkward_rows, found, run_cases
+from tests.multi.layouts import (
+    CASES,
+    INEXACT,
+    SAME_BITS,
+    STEPS,
+    TIGHT,
+    Case,
+    Found,
+    awkward_rows,
+    found,
+    run_cases,
+)
 from tests.processes import fullweight
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
@@ -56,7 +67,7 @@ def reference(name: str) -> str:
     """The case of one rank with the same rows and model."""
 
     def alike(case: Case) -> tuple[int, tuple[str, ...]]:
-        return case.tokens, tuple(s for s in case.settings if not s.startswith("parallel."))
+        return case.tokens, tuple(s for s in case.settings if s in TIGHT or not s.startswith("parallel."))
 
     return next(n for n, case in CASES.items() if case.ranks == 1 and alike(case) == alike(CASES[name]))
 
@@ -92,6 +103,8 @@ def test_a_layout_follows_one_rank(name: str, folder: Path) -> None:
         for exact in ("tokens", "without_gradient", "unseen"):
             assert b[exact] == a[exact], (number, exact)
         assert torch.equal(b["expert_counts"], a["expert_counts"]), f"step {number} chose other experts"
+        assert b["dropped"] == a["dropped"]
+        assert (a["dropped"] > 0) == name.startswith("capacity")
         assert b["losses"] == pytest.approx(a["losses"], rel=LOSS, abs=1e-15), number
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=LOSS), number
     assert many.first.keys() == many.last.keys() == one.first.keys()

@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ep2-recompute": (2, ("expert=2", "recompute='full'")),
     "hsdp2x2": (4, ("replicate=2",)),
     "fsdp2-ep2": (4, ("expert=2",)),
+    "ep2-capacity": (2, ("expert=2", "expert_capacity_factor=0.9")),
     "fsdp2-offload": (2, ("offload_optimizer=true",)),
     "fsdp4-bf16": (4, ("reduce_dtype='bf16'",)),
     "pp2": (2, ("pipeline=2",)),

@@ -29,7 +29,11 @@ class MethodOutput(Protocol):
 
     @property
     def expert_counts(self) -> Tensor:
-        """[MoE layers, experts] int64: real tokens sent to each expert."""
+        """[MoE layers, experts] int64: real tokens that chose each expert."""
+
+    @property
+    def dropped(self) -> Tensor:
+        """[MoE layers] int64: of those choices, the ones that found their expert at its capacity."""
 
 
 class Method(Config):

@@ -349,9 +349,10 @@ class ReferenceOperations:
     def experts(
         self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
     ) -> Tensor:
-        """Sum over a token's experts of weights * down(swiglu(gate_up(x))); dropless.
+        """Sum over a token's experts of weights * down(swiglu(gate_up(x))).
 
         x [T, d], chosen [T, K] int64, weights [T, K] fp32, gate_up [X, 2f, d], down [X, d, f] -> [T, d].
+        The number X in `chosen` is no expert, and its weight must be 0.
         """
         out = torch.zeros_like(x)
         for expert in range(gate_up.shape[0]):

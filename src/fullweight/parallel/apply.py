@@ -1,6 +1,6 @@
 """A model made for one device becomes this rank's part of a layout: one function, one written order.
 
-1. Recompute: which activations are made again in backward.
+1. Recompute and capacity: which activations are made again in backward, and what experts drop.
 2. Stages: of a pipeline's blocks this rank keeps its own stages'.
 3. Slice: the model learns which tokens of a row are this rank's, and whom to ask for the others.
 4. Cut: parameters that `models/deepseek_v4/sharding.py` names become DTensors that hold this rank's part.
@@ -48,6 +48,7 @@ def parallelize(
     `whole_experts`: every matrix of an expert stays on one rank, whatever that does to the balance.
     """
     model.set_recompute(config.recompute)
+    model.set_expert_capacity(config.expert_capacity_factor)
     if division is not None:
         model.keep(division.held_parts)
         held = set(model.modules())

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
@@ -109,6 +109,10 @@ class ParallelConfig(Config):
     context: PositiveInt = Field(1, description="ranks that divide a row's tokens")
     tensor: PositiveInt = Field(1, description="ranks that divide attention's heads")
     expert: PositiveInt = Field(1, description="ranks that divide the experts, of shard x context x tensor")
+    expert_capacity_factor: PositiveFloat | None = Field(
+        None,
+        description="most that an expert takes of a row, in even shares; the rest is dropped. None: no limit",
+    )
     reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", description="gradients on the wire; sums stay fp32")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="made again in backward: nothing, the experts, whole blocks"

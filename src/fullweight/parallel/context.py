@@ -79,6 +79,9 @@ class SlicedTokens(TokenAxis):
     def own(self, weight: Tensor) -> Tensor:
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
+    def whole(self, rows: Tensor) -> Tensor:
+        return gather_rows(rows.detach(), self.slices)
+
     def sum(self, values: Tensor) -> Tensor:
         return sum_over(values, self.slices)
 

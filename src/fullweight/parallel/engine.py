@@ -25,23 +25,27 @@ Mark = Callable[[str], None]
 
 
 class PassOutput(Protocol):
-    """What one forward pass gives: loss sums, attached to the graph, and tokens by MoE layer and expert."""
+    """What one forward pass gives: loss sums, attached to the graph, tokens by MoE layer and expert, and drops."""
 
     @property
     def losses(self) -> dict[str, Tensor]: ...
     @property
     def expert_counts(self) -> Tensor: ...
+    @property
+    def dropped(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Shares:
-    """This rank's part of the sums over its micro-batches: losses fp64 without graph, expert_counts int64 [L, X].
+    """This rank's part of the sums over its micro-batches.
 
-    Components that this rank has no part in may be missing.
+    losses fp64 without graph, expert_counts [L, X] and dropped [L] int64, as in `ModelOutput`. Components that
+    this rank has no part in may be missing.
     """
 
     losses: dict[str, Tensor]
     expert_counts: Tensor
+    dropped: Tensor
 
 
 class Engine(Protocol):
@@ -96,8 +100,9 @@ def _added(shares: Shares | None, output: PassOutput) -> Shares:
     """`shares` with one more micro-batch in them."""
     losses = {name: value.detach().double() for name, value in output.losses.items()}
     if shares is None:
-        return Shares(losses, output.expert_counts)
+        return Shares(losses, output.expert_counts, output.dropped)
     return Shares(
         {name: shares.losses.get(name, 0) + value for name, value in losses.items()},
         shares.expert_counts + output.expert_counts,
+        shares.dropped + output.dropped,
     )

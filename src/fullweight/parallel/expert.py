@@ -1,14 +1,15 @@
 """Expert parallelism: every token's row travels to the ranks that hold its experts, and the results come back.
 
-Dropless: a rank takes whatever rows the router sends it, none included, so sizes differ at every call and are
-exchanged first. Rows are sorted by expert, which sorts them by rank, because a rank's experts are neighbours; the
-receiver needs only how many rows each source has for each of its experts. What comes back is put in the order of
-the choices and summed over a token's choices in that order, so the same layout gives the same bits.
+A rank takes whatever rows the router sends it, none included, so sizes differ at every call and are exchanged
+first; choices of no expert, those beyond a capacity, are not sent. Rows are sorted by expert, which sorts them by
+rank, because a rank's experts are neighbours; the receiver needs only how many rows each source has for each of
+its experts. What comes back is put in the order of the choices and summed over a token's choices in that order, so
+the same layout gives the same bits.
 
 Three exchanges go out (counts, rows in the compute type, weights in fp32) and one comes back; their gradients
 travel the other way. A rank without rows takes part in all of them.
 
-Left out: capacity limits, and overlap of the exchange with the shared expert.
+Left out: overlap of the exchange with the shared expert.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one call's rows go. Choices are the T * K pairs of token and expert, in the router's order."""
+    """Where one call's rows go. Choices are the T * K pairs of token and expert, in the router's order.
+
+    S of them are sent: all but those of no expert.
+    """
 
     top_k: int
-    order: Tensor  # [T * K] int64: choices sorted by expert
-    place: Tensor  # [T * K] int64: where each choice stands in that order
+    order: Tensor  # [S] int64: choices sorted by expert
+    place: Tensor  # [T * K] int64: where each choice stands in that order; S and above: nowhere
     sent: list[int]  # rows to each rank
     received: list[int]  # rows from each rank
     experts: Tensor  # [R, 1] int64: local expert of each received row
@@ -47,7 +51,10 @@ class ExpertExchange:
     def __call__(
         self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, compute: Compute
     ) -> Tensor:
-        """x [T, d], chosen and weights [T, K], parameters cut along experts -> [T, d], as if they were whole."""
+        """x [T, d], chosen and weights [T, K], parameters cut along experts -> [T, d], as if they were whole.
+
+        The number of all experts in `chosen` is no expert.
+        """
         local_gate_up, local_down = _local(gate_up), _local(down)
         plan = self.plan(chosen, local_gate_up.shape[0])
         rows = _Exchange.apply(_Spread.apply(x, plan), plan.sent, plan.received, self.group)
@@ -62,21 +69,21 @@ class ExpertExchange:
         order = torch.sort(flat, stable=True).indices
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
-        counts = flat.new_zeros(self.size * num_local).scatter_add(0, flat, torch.ones_like(flat))
-        to_each = counts.view(self.size, num_local)
+        counts = flat.new_zeros(self.size * num_local + 1).scatter_add(0, flat, torch.ones_like(flat))
+        to_each = counts[:-1].view(self.size, num_local)
         from_each = torch.empty_like(to_each)
         dist.all_to_all_single(from_each, to_each, group=self.group)
         sent, received = self.sizes(to_each, from_each, *chosen.shape)
         experts = torch.arange(num_local, device=flat.device).repeat(self.size)
         experts = experts.repeat_interleave(from_each.flatten(), output_size=sum(received)).unsqueeze(1)
-        return Plan(chosen.shape[1], order, place, sent, received, experts)
+        return Plan(chosen.shape[1], order[: sum(sent)], place, sent, received, experts)
 
     def sizes(
         self, to_each: Tensor, from_each: Tensor, num_tokens: int, top_k: int
     ) -> tuple[list[int], list[int]]:
         """Rows to and from each rank, of counts [ranks, local experts]: the one place that reads values.
 
-        `num_tokens` x `top_k` choices are sent. Tensors without values answer by what a routing would give.
+        At most `num_tokens` x `top_k` choices are sent. Tensors without values answer by what a routing gives.
         """
         return to_each.sum(1).tolist(), from_each.sum(1).tolist()
 
@@ -95,7 +102,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """x [T, d] -> [T * K, d]: each token's row once for each of its choices, sorted by expert."""
+    """x [T, d] -> [S, d]: each token's row once for each of its choices, sorted by expert."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan) -> Tensor:
@@ -108,7 +115,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """[T * K, d] sorted by expert -> [T, d]: the sum over each token's choices."""
+    """[S, d] sorted by expert -> [T, d]: the sum over each token's choices."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: Plan) -> Tensor:
@@ -122,7 +129,7 @@ class _Combine(torch.autograd.Function):
 
 
 class _Sort(torch.autograd.Function):
-    """One value for each choice, into the order by expert. A permutation, and so is its gradient."""
+    """[T * K, 1] -> [S, 1]: one value for each choice, into the order by expert."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, plan: Plan) -> Tensor:
@@ -131,12 +138,19 @@ class _Sort(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.plan.place), None
+        return _in_order(grad, ctx.plan), None
 
 
 def _summed(rows: Tensor, plan: Plan) -> Tensor:
-    """Rows of all choices back in the router's order, summed over K."""
-    return rows.index_select(0, plan.place).unflatten(0, (-1, plan.top_k)).sum(1)
+    """Rows [S, d] of the choices that were sent, summed over each token's: [T, d]."""
+    return _in_order(rows, plan).unflatten(0, (-1, plan.top_k)).sum(1)
+
+
+def _in_order(rows: Tensor, plan: Plan) -> Tensor:
+    """Rows [S, d] back in the router's order, zeros for what was not sent: [T * K, d]."""
+    if len(plan.order) == len(plan.place):
+        return rows.index_select(0, plan.place)
+    return rows.new_zeros(len(plan.place), *rows.shape[1:]).index_copy_(0, plan.order, rows)
 
 
 def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -109,15 +109,17 @@ class _Pass:
     weigh: Weigh
     losses: dict[str, Tensor]
     expert_counts: Tensor
+    dropped: Tensor
 
     def add(self, output: PassOutput, part: Part) -> None:
         for name, value in output.losses.items():
             self.losses[name] = self.losses.get(name, 0) + value.detach().double()
-        rows = output.expert_counts
-        self.expert_counts[part.layers.start : part.layers.start + len(rows)] += rows
+        rows = slice(part.layers.start, part.layers.start + len(output.expert_counts))
+        self.expert_counts[rows] += output.expert_counts
+        self.dropped[rows] += output.dropped
 
     def shares(self) -> Shares:
-        return Shares(self.losses, self.expert_counts)
+        return Shares(self.losses, self.expert_counts, self.dropped)
 
 
 class PipelineEngine:
@@ -240,7 +242,7 @@ class PipelineEngine:
         config = self.model.config
         rows = config.num_hidden_layers + config.num_nextn_predict_layers
         counts = torch.zeros(rows, config.n_routed_experts, dtype=torch.int64, device=self.device)
-        return _Pass(batches, weigh, {}, counts)
+        return _Pass(batches, weigh, {}, counts, counts.new_zeros(rows))
 
     def _end(self) -> Shares:
         shares = self._pass.shares()

@@ -56,7 +56,8 @@ class Answers:
 def expected_answers(assignment: Assignment, layout: Layout) -> Answers:
     """One document as long as the row, and experts as loaded as the routing says."""
     sizes = _Expected(layout, assignment.rank, assignment.config.data.row_tokens)
-    return Answers(sizes, partial(_ExpectedExchange, routing=assignment.routing))
+    most = most_rows(assignment.config, layout, assignment.rank)
+    return Answers(sizes, partial(_ExpectedExchange, routing=assignment.routing, most=most))
 
 
 def trace(assignment: Assignment, answers: Answers | None = None) -> RoleResult:
@@ -177,17 +178,29 @@ class _Expected(Sizes):
 
 
 class _ExpectedExchange(ExpertExchange):
-    """The exchange of experts' rows with the sizes that the routing gives."""
+    """The exchange of experts' rows with the sizes that the routing gives; at most `most` rows are received."""
 
-    def __init__(self, exchange: ExpertExchange, routing: Routing) -> None:
+    def __init__(self, exchange: ExpertExchange, routing: Routing, most: int | None) -> None:
         super().__init__(exchange.group)
-        self.routing = routing
+        self.routing, self.most = routing, most
 
     def sizes(
         self, to_each: Tensor, from_each: Tensor, num_tokens: int, top_k: int
     ) -> tuple[list[int], list[int]]:
         received = self.routing.received(num_tokens * top_k, self.size, top_k, to_each.shape[1])
+        received = received if self.most is None else min(received, self.most)
         return _dealt(num_tokens * top_k, self.size), _dealt(received, self.size)
+
+
+def most_rows(config: RunConfig, layout: Layout, rank: int) -> int | None:
+    """What the capacity of this rank's experts lets them take of its expert ranks' rows; None without one."""
+    factor, architecture = config.parallel.expert_capacity_factor, config.model.architecture()
+    if factor is None:
+        return None
+    first = rank - layout.expert_rank(rank)
+    rows = layout.data_rank(first + layout.expert - 1) - layout.data_rank(first) + 1
+    capacity = architecture.expert_capacity(factor, config.data.row_tokens)
+    return rows * capacity * (architecture.n_routed_experts // layout.expert)
 
 
 def _dealt(total: int, shares: int) -> list[int]:

@@ -87,7 +87,7 @@ def facts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> lis
         ("peak that 100 % stands for", _peak(last["peak"])),
         ("training loss", f"{_number(steps[0]['loss']['lm'])} to {_number(last['loss']['lm'])} (next token)"),
         ("routing", last["routing"]),
-        ("experts", f"load max/mean {last['experts']['max_over_mean']:.2f}, dead {last['experts']['dead']}"),
+        ("experts", _experts(last["experts"])),
         ("steps refused (non-finite)", str(sum(s["skipped"] is not None for s in steps))),
     ]
     if evaluations and evaluations[0]["loss"]:
@@ -101,6 +101,11 @@ def facts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> lis
                 )
             )
     return rows
+
+
+def _experts(load: dict[str, Any]) -> str:
+    text = f"load max/mean {load['max_over_mean']:.2f}, dead {load['dead']}"
+    return f"{text}, choices dropped {load['dropped']:,}" if load["dropped"] else text
 
 
 def data_facts(lines: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from fullweight.models.deepseek_v4.flops import training_flops
+from fullweight.models.deepseek_v4.flops import choice_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.peak import matmul_rates
@@ -109,6 +109,8 @@ def step_record(
     parameters = ParameterCount.of(model)
     own = model_flops(model, result.document_lengths) if ranks.counts_row else 0
     flops = float(ranks.reduce(torch.tensor(float(own), dtype=torch.float64)).item())
+    # forward alone where parameters are frozen, as in `model_flops`
+    flops -= result.num_dropped * choice_flops(model.config) * (3 if parameters.all_trained else 1)
     rate = flops / wall
     return {
         "loss": result.losses,
@@ -121,7 +123,7 @@ def step_record(
         "mfu": rate / peak.flops_per_second,
         "mfu_convention": FLOPS_CONVENTION if parameters.all_trained else FROZEN_FLOPS_CONVENTION,
         "peak": asdict(peak),
-        "experts": asdict(expert_load(result.expert_counts)),
+        "experts": {**asdict(expert_load(result.expert_counts)), "dropped": result.num_dropped},
         "parameters": asdict(parameters),
         "routing": "natural",
         "operations": model.ops.name,

@@ -78,7 +78,8 @@ class StepResult:
     num_padding: int
     num_trained: float  # sum of loss weights
     document_lengths: tuple[int, ...]  # this rank's, without padding
-    expert_counts: Tensor  # [MoE layers, experts] int64
+    expert_counts: Tensor  # [MoE layers, experts] int64: as chosen
+    num_dropped: int  # of those choices, the ones that found their expert at its capacity
     num_unseen_embeddings: int  # vocabulary rows that no token of the step used
     without_gradient: tuple[str, ...]  # trainable parameters whose gradient is absent or exactly zero
     refusal: str | None  # why the weights were left alone
@@ -111,7 +112,7 @@ def training_step(
 
     phase.enter("optimizer")
     means = global_means(shares.losses, counts, ranks)
-    expert_counts = ranks.reduce(shares.expert_counts)
+    expert_counts, dropped = ranks.reduce(shares.expert_counts), ranks.reduce(shares.dropped)
     norms = local_norms(p.grad for p in model.parameters() if p.grad is not None)
     without_gradient = _without_gradient(model, norms, ranks)
     grad_norm = clip_grad_norm(model.parameters(), clip_norm, norms, across=ranks.stages).item()
@@ -133,6 +134,7 @@ def training_step(
         num_trained=counts[method.main_loss],
         document_lengths=tuple(n for b in batches for n in real_lengths(b)),
         expert_counts=expert_counts.cpu(),
+        num_dropped=int(dropped.sum()),
         num_unseen_embeddings=_unseen_embeddings(model, batches, ranks),
         without_gradient=without_gradient,
         refusal=refusal,

@@ -23,7 +23,7 @@ def step_line(step: int, loss: float | str) -> dict[str, Any]:
         "mfu": 0.1 * step,
         "mfu_convention": "exact",
         "peak": {"flops_per_second": 4e11, "source": "measured"},
-        "experts": {"max_over_mean": 1.5, "dead": 2, "num_experts": 8},
+        "experts": {"max_over_mean": 1.5, "dead": 2, "num_experts": 8, "dropped": 0},
         "parameters": {"total": 1000, "trained": 1000},
         "routing": "natural",
         "seconds": {"total": 50.0},

@@ -30,6 +30,7 @@ class Characters:
 class Output:
     losses: dict[str, Tensor]
     expert_counts: Tensor
+    dropped: Tensor
 
 
 class SumModel(nn.Module):
@@ -38,7 +39,8 @@ class SumModel(nn.Module):
     def forward(self, batch: Batch) -> object:
         targets, weights = batch.targets()
         assert not torch.is_grad_enabled()
-        return Output({"lm": (targets * weights).sum()}, torch.zeros(0, 0, dtype=torch.int64))
+        none = torch.zeros(0, dtype=torch.int64)
+        return Output({"lm": (targets * weights).sum()}, none.view(0, 0), none)
 
     def loss_counts(self, batch: Batch) -> dict[str, float]:
         return {"lm": float(batch.targets()[1].sum()), "mtp": 0.0}

@@ -26,7 +26,7 @@ def test_expert_load_is_of_the_worst_layer() -> None:
 
 
 def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
-    """Padding is in neither tokens/s nor FLOPs, and all phases are in the time."""
+    """Padding is in neither tokens/s nor FLOPs, nor are dropped choices, and all phases are in the time."""
     config = DeepSeekV4Config.preset("tiny")
     lengths = (100, 57)
     result = StepResult(
@@ -39,6 +39,7 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
         num_trained=50.0,
         document_lengths=lengths,
         expert_counts=torch.ones(5, 8, dtype=torch.int64),
+        num_dropped=5,
         num_unseen_embeddings=3,
         without_gradient=(),
         refusal=None,
@@ -47,7 +48,9 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
     record = step_record(
         result, model=DeepSeekV4(config), learning_rate=1e-3, seconds=seconds, peak=Peak(1e9, "given"), ranks=ALONE
     )
-    flops = training_flops(config, lengths, mtp=True).total
+    dropped = 5 * 3 * 2 * (3 * config.hidden_size * config.moe_intermediate_size)
+    flops = training_flops(config, lengths, mtp=True).total - dropped
+    assert record["experts"]["dropped"] == 5
     assert record["tokens_per_second"] == pytest.approx(157 / 2)
     assert record["mfu"] == pytest.approx(flops / 2 / 1e9)
     assert record["seconds"]["total"] == pytest.approx(2.0)

@@ -24,6 +24,7 @@ ALONE = Ranks(0, 1, CPU)
 class Output:
     losses: dict[str, Tensor]
     expert_counts: Tensor
+    dropped: Tensor
 
 
 class Line(nn.Module):
@@ -41,9 +42,8 @@ class Line(nn.Module):
     def forward(self, batch: Batch) -> Output:
         targets, weights = batch.targets()
         lm = (self.weight * targets.float() * weights).sum() * self.scale
-        return Output(
-            {"lm": lm, "balance": self.weight.sum() * 3}, torch.bincount(batch.tokens % 2, minlength=2)[None]
-        )
+        counts = torch.bincount(batch.tokens % 2, minlength=2)[None]
+        return Output({"lm": lm, "balance": self.weight.sum() * 3}, counts, counts.new_zeros(1))
 
     def loss_counts(self, batch: Batch) -> dict[str, float]:
         return {"lm": float(batch.targets()[1].sum()), "balance": float(batch.layout.num_documents), "mtp": 0.0}

@@ -219,6 +219,10 @@ class DeepSeekV4Config(Config):
         """Main layers of one kind."""
         return sum(self.layer_kind(i) is kind for i in range(self.num_hidden_layers))
 
+    def expert_capacity(self, factor: float, row_tokens: int) -> int:
+        """Choices of one row that an expert takes, of an even share of the row's tokens times `factor`."""
+        return math.ceil(factor * row_tokens * self.num_experts_per_tok / self.n_routed_experts)
+
     # ---- parameters ---------------------------------------------------------------------------------
 
     def num_parameters(self, mtp: bool) -> int:

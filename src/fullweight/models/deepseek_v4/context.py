@@ -1,7 +1,8 @@
 """What every layer of one forward pass shares: the layout, the rotary tables, the masks.
 
 Built once per forward by the model; layers only read it. `aux` collects what the layers report beside their
-output: sums of the indexer's and the balance loss, and how many tokens each expert got. Everything is made from
+output: sums of the indexer's and the balance loss, how many tokens each expert got, and how many choices were
+dropped. Everything is made from
 the whole row and then cut to the tokens at hand (`tokens.py`), so documents that go on elsewhere stay whole.
 """
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 
 class Auxiliary:
-    """What the layers of one forward pass report: fp32 loss sums, and int64 expert counts [experts] by layer.
+    """What the layers of one forward pass report.
+
+    fp32 loss sums, and by layer int64 numbers of tokens of each expert [experts] and of dropped choices [].
 
     No dataclass: sharding wrappers rebuild dataclasses among a block's arguments, and a rebuilt one would not
     be the one that the model reads in the end.
@@ -36,6 +39,7 @@ class Auxiliary:
         self.indexer: list[Tensor] = []
         self.balance: list[Tensor] = []
         self.expert_counts: list[Tensor] = []
+        self.dropped: list[Tensor] = []
 
     def sums(self, device: torch.device) -> dict[str, Tensor]:
         """Each loss over the layers so far; zero where no layer has it."""
@@ -45,7 +49,7 @@ class Auxiliary:
     @contextmanager
     def muted(self) -> Iterator[None]:
         """Forget what is reported inside: a forward pass that is made again reported the first time."""
-        reports = (self.indexer, self.balance, self.expert_counts)
+        reports = (self.indexer, self.balance, self.expert_counts, self.dropped)
         before = [len(report) for report in reports]
         try:
             yield

@@ -160,6 +160,11 @@ def layer_flops(config: DeepSeekV4Config, document_lengths: Sequence[int]) -> tu
     return tuple(cost[ratio] for ratio in ratios), whole.head + whole.mtp + collapse
 
 
+def choice_flops(config: DeepSeekV4Config) -> int:
+    """Forward FLOPs of one token in one routed expert: what a dropped choice takes off."""
+    return 2 * _expert_parameters(config)
+
+
 def parameters_by_component(config: DeepSeekV4Config) -> dict[str, int]:
     """Trainable parameters by component; `mtp` holds the whole MTP layer, the rest the main model.
 

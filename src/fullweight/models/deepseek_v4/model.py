@@ -40,7 +40,8 @@ class ModelOutput:
     losses: fp32 scalars, sums to be divided by `DeepSeekV4.loss_counts` of the global batch ("lm", and with
     gradients or on request "mtp", "indexer", "balance"). log_probs [T] fp32: log-probability of each
     position's target, no gradient. expert_counts [MoE layers, experts] int64: tokens routed, padding excluded;
-    row i is main layer i, the MTP block's row comes last. Of a slice of a row, all of it is the slice's share.
+    row i is main layer i, the MTP block's row comes last. dropped [MoE layers] int64: of those, the choices that
+    found their expert at its capacity. Of a slice of a row, all of it is the slice's share.
 
     A part of the model that is not the last gives what the next one is to receive (`payload`; what it received
     beyond that is to be passed on), and of the rest its own blocks' share: no loss of the head, no log_probs, the
@@ -50,6 +51,7 @@ class ModelOutput:
     losses: dict[str, Tensor]
     log_probs: Tensor
     expert_counts: Tensor
+    dropped: Tensor
     payload: tuple[Tensor, ...] = ()
 
 
@@ -159,7 +161,8 @@ class DeepSeekV4(nn.Module):
         payload: tuple[Tensor, ...] = () if part.is_last else (streams,)
         if part.is_first and payload and self.mtp:
             payload = (streams, following.clone())  # no view: sharding hooks follow tensors, not their views
-        return ModelOutput(losses, log_probs, torch.stack(context.aux.expert_counts), payload)
+        counts, dropped = (torch.stack(values) for values in (context.aux.expert_counts, context.aux.dropped))
+        return ModelOutput(losses, log_probs, counts, dropped, payload)
 
     def payload_shapes(self, num_tokens: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of what a part receives of a row of so many tokens, in the compute dtype.
@@ -191,6 +194,12 @@ class DeepSeekV4(nn.Module):
         for block, counts in zip([*self.layers, *self.mtp], expert_counts, strict=True):
             if isinstance(block, Sublayers) and block.ffn.gate.bias_trains:
                 update_bias(block.ffn.gate.get_buffer("bias"), counts, speed)
+
+    def set_expert_capacity(self, factor: float | None) -> None:
+        """Let experts drop what is beyond `factor` times their even share of a row; None: nothing."""
+        for block in (*self.layers, *self.mtp):
+            assert isinstance(block, Sublayers)
+            block.ffn.capacity_factor = factor
 
     def set_recompute(self, policy: Literal["none", "selective", "full"]) -> None:
         """What backward makes again: nothing, the routed experts, or whole blocks.

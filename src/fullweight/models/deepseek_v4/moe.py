@@ -1,9 +1,9 @@
 """Mixture of experts with one shared expert; routed by a table of token ids in the first layers.
 
 The router is fp32: affinity sqrt(softplus(x W^T)); scored layers take the top K of affinity + bias and weigh
-by the affinity alone, hash layers take the table's experts and still weigh by affinity. The bias is no
-gradient parameter: after each step it moves against the load. Source: report section 2.4, DeepSeek-V3
-sections 2.1.2 (bias, sequence-wise balance loss).
+by the affinity alone, hash layers take the table's experts and still weigh by affinity. Dropless unless a
+capacity is set (`capacity.py`). The bias is no gradient parameter: after each step it moves against the load.
+Source: report section 2.4, DeepSeek-V3 sections 2.1.2 (bias, sequence-wise balance loss).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullweight.models.deepseek_v4.cache import DecodeContext
+from fullweight.models.deepseek_v4.capacity import within_capacity
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
 from fullweight.ops.recompute import keep, remade
@@ -94,9 +95,13 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, routed experts and the shared expert of one layer; `recompute` makes the routed ones again."""
+    """Router, routed experts and the shared expert of one layer; `recompute` makes the routed ones again.
+
+    In training passes an expert takes no more than `capacity_factor` times its even share of a row; None: all.
+    """
 
     recompute: bool = False
+    capacity_factor: float | None = None
 
     def __init__(self, config: DeepSeekV4Config, ops: ReferenceOperations, hashed: bool) -> None:
         super().__init__()
@@ -106,15 +111,28 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config, ops)
 
     def forward(self, x: Tensor, context: Context | DecodeContext) -> Tensor:
-        """x [T, d] -> [T, d]; reports expert counts and the balance loss to `context.aux`."""
+        """x [T, d] -> [T, d]; reports expert counts, drops and the balance loss to `context.aux`."""
         affinity, chosen, weights = self.gate(x, context.tokens)
         if isinstance(context, Context):
             context.aux.expert_counts.append(self._count(chosen, context.valid))
             if context.with_losses and not self.gate.hashed:
                 context.aux.balance.append(balance_loss(affinity, context, self.config.num_experts_per_tok))
+            chosen, weights = self._limited(chosen, weights, context)
         if self.recompute and isinstance(context, Context):
             return remade(self.experts, x, chosen, weights) + self.shared_experts(x)
         return self.experts(x, chosen, weights) + self.shared_experts(x)
+
+    def _limited(self, chosen: Tensor, weights: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The choices, those beyond an expert's capacity turned into none at weight 0; reports how many."""
+        dropped = torch.zeros((), dtype=torch.int64, device=chosen.device)
+        if context.with_losses and self.capacity_factor is not None:
+            experts, row_tokens = self.config.n_routed_experts, len(chosen) * context.axis.slice.count
+            capacity = self.config.expert_capacity(self.capacity_factor, row_tokens)
+            kept = within_capacity(chosen, weights, context.valid, experts, capacity, context.axis)
+            dropped = (~kept & context.valid.unsqueeze(1)).sum()
+            chosen, weights = chosen.masked_fill(~kept, experts), weights * kept
+        context.aux.dropped.append(dropped)
+        return chosen, weights
 
     def _count(self, chosen: Tensor, valid: Tensor) -> Tensor:
         counts = torch.zeros(self.config.n_routed_experts, dtype=torch.int64, device=chosen.device)

@@ -57,6 +57,10 @@ class TokenAxis:
         """This holder's part, a plain tensor, of a weight that is cut by heads."""
         return weight
 
+    def whole(self, rows: Tensor) -> Tensor:
+        """The row's [T, ...] from the slice's own `rows` [s, ...]; no gradient."""
+        return rows
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the slices of the row; no gradient."""
         return values

@@ -21,7 +21,10 @@ GROUP = 1024  # rows that pass through what is between products together, unless
 
 
 class ExpertMixture(torch.autograd.Function):
-    """Dropless experts: rows sorted by expert, a few experts after another so that their rows stay in cache."""
+    """Rows sorted by expert, a few experts after another so that their rows stay in cache.
+
+    Choices of no expert share one more row, the last, which is zero.
+    """
 
     @staticmethod
     def forward(
@@ -37,9 +40,10 @@ class ExpertMixture(torch.autograd.Function):
     ) -> Tensor:
         tokens, top_k = chosen.shape
         plan = DispatchPlan.of(chosen, gate_up.shape[0])
-        scale = torch.zeros(plan.num_rows)
+        scale = torch.zeros(plan.num_rows + 1)
         scale[plan.place] = weights.detach().float().flatten()
-        hidden, out_rows = x.new_empty(plan.num_rows, gate_up.shape[1]), x.new_empty(plan.num_rows, x.shape[1])
+        hidden, out_rows = x.new_empty(plan.num_rows, gate_up.shape[1]), x.new_empty(plan.num_rows + 1, x.shape[1])
+        out_rows[-1] = 0
         for group in plan.groups():
             rows = group.rows
             into, back = cast(gate_up[group.experts], x.dtype), cast(down[group.experts], x.dtype)
@@ -59,7 +63,8 @@ class ExpertMixture(torch.autograd.Function):
             torch.empty_like(weight) if wanted else None
             for weight, wanted in zip((gate_up, down), ctx.needs_input_grad[3:5], strict=True)
         )
-        dscale, dx_rows = torch.empty_like(scale), x.new_empty(plan.num_rows, x.shape[1])
+        dscale, dx_rows = torch.empty_like(scale), x.new_empty(plan.num_rows + 1, x.shape[1])
+        dscale[-1], dx_rows[-1] = 0, 0
         f = down.shape[2]
         kept: list[tuple[Group, Tensor, Tensor]] = []
         for group in plan.groups():
@@ -116,7 +121,7 @@ class DispatchPlan:
     oneDNN prepares a product for its exact shape, at about the cost of running it once, and counts of tokens
     are different at every step: blocks leave few shapes to prepare. A padding row reads token 0, has weight 0
     and is read by no token. token [rows] int64 is the token that a row reads; place [T * K] the row of each
-    choice; counts the rows of each expert.
+    choice, `num_rows` for one of no expert; counts the rows of each expert.
     """
 
     num_rows: int
@@ -127,17 +132,19 @@ class DispatchPlan:
     @staticmethod
     def of(chosen: Tensor, num_experts: int) -> DispatchPlan:
         flat = chosen.flatten()
-        real = flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
+        real = flat.new_zeros(num_experts + 1).scatter_add(0, flat, torch.ones_like(flat))[:-1]
         padded = real + (-real) % torch.where(real > TILE // 2, 64, 32)
         first_real, first = real.cumsum(0) - real, padded.cumsum(0) - padded
-        order = torch.sort(flat, stable=True).indices
-        row = torch.arange(flat.shape[0]) + (first - first_real)[flat[order]]
-        place = torch.empty_like(order)
-        place[order] = row
+        by_expert = torch.sort(flat, stable=True)
         counts = sizes().rows(padded, len(flat))
-        token = torch.zeros(sum(counts), dtype=torch.int64)
-        token[row] = order // chosen.shape[1]
-        return DispatchPlan(len(token), token, place, counts)
+        shift = torch.cat((first - first_real, first.new_zeros(1)))[by_expert.values]
+        row = torch.arange(flat.shape[0]) + shift
+        row = row.masked_fill_(by_expert.values == num_experts, sum(counts))
+        place = torch.empty_like(row)
+        place[by_expert.indices] = row
+        token = torch.zeros(sum(counts) + 1, dtype=torch.int64)
+        token[row] = by_expert.indices // chosen.shape[1]
+        return DispatchPlan(sum(counts), token, place, counts)
 
     def groups(self) -> Iterator[Group]:
         """All experts in order, as many together as have `GROUP` rows, at least one."""
