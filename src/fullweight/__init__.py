@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 # torch reads this once, at its first allocation: large tensors on huge pages, which cost fewer faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# devices/ imports vendors' packages, and says in one message why one cannot be; torch would fail with it.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# torch_npu reads this once: an operation that the NPU lacks raises, and never runs on the CPU unseen.
+os.environ.setdefault("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
 
 __version__ = version("fullweight")
 __all__ = ["LoadedModel", "__version__", "load"]

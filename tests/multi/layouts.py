@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from fullweight.core.config import apply_overrides, read_toml
 from fullweight.core.types import Batch, PackedLayout
+from fullweight.devices import find
 from fullweight.parallel.deterministic import deterministic
 from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble
@@ -162,7 +163,7 @@ def run_cases(arguments: list[str]) -> int:
     folder, *names = arguments
     with joined("cpu") as ranks:
         for name in names:
-            with deterministic(recipe(CASES[name]).parallel.deterministic):
+            with deterministic(recipe(CASES[name]).parallel.deterministic, find("cpu")):
                 result = _train(CASES[name], ranks)
             if ranks.is_main:
                 torch.save(result, Path(folder) / f"{name}.pt")

@@ -1,6 +1,8 @@
 """Which modules may know of which: the rules that the import linter cannot state."""
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import fullweight
@@ -34,3 +36,37 @@ def test_training_names_no_method() -> None:
             "fullweight.methods.Method",
             "fullweight.methods.MethodConfig",
         }, path
+
+
+VENDORS = re.compile(
+    r"\b(torch_npu|npu|cuda|nvtx|nccl|hccl|mstx|nvidia-smi|npu-smi)\b|^(cuda|npu)$", re.IGNORECASE
+)
+# Where vendors are known: the devices themselves and their operations.
+OF_VENDORS = ("devices/", "ops/ascend", "ops/cuda")
+
+
+def code_words(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of every name, attribute, module and string constant of a file, but not of its docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield node.lineno, f"{getattr(node, 'module', '')} {' '.join(alias.name for alias in node.names)}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield node.lineno, node.value
+
+
+def test_vendors_are_named_in_their_files_alone() -> None:
+    """No torch.cuda, torch.npu, nccl or hccl, and no comparison with such a device type, anywhere else."""
+    found, seen = [], set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        for line, word in code_words(path):
+            if VENDORS.search(word):
+                (seen.add(name) if name.startswith(OF_VENDORS) else found.append(f"{name}:{line}: {word}"))
+    assert not found
+    assert {"devices/ascend.py", "devices/cuda.py"} <= seen, "the search finds vendors where they are"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fullweight.checkpoint.store import State, local_tensor
+from fullweight.devices import of, separate
 
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -48,18 +49,18 @@ class Snapshot:
         device: torch.device | None = None
         for name, source in _locals(state).items():
             if not self._fits(name, source):
-                pinned = source.device.type == "cuda"
+                pinned = separate(source.device)
                 self._buffers[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=pinned)
             buffer = self._buffers[name]
             buffer.copy_(source, non_blocking=True)
-            device = device if source.device.type == "cpu" else source.device
+            device = source.device if separate(source.device) else device
             whole = state[name]
             # Its spec, not from_local: that would move the copy back to the mesh's device.
             copy[name] = (
                 DTensor(buffer, whole._spec, requires_grad=False) if isinstance(whole, DTensor) else buffer
             )
         if device is not None:
-            torch.accelerator.synchronize(device)
+            of(device).synchronize()
         return copy
 
     def _fits(self, name: str, source: Tensor) -> bool:

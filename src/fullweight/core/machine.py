@@ -26,6 +26,12 @@ def available_memory_bytes() -> int:
     return available
 
 
+def total_memory_bytes() -> int:
+    """Bytes of memory that this machine, or container, has."""
+    total, limit = psutil.virtual_memory().total, _cgroup_number("memory.max")
+    return total if limit is None else min(total, limit)
+
+
 def require_memory(needed_bytes: int, what: str, fix: str, available_bytes: int | None = None) -> None:
     """Raise ConfigError when this machine (or the device whose free bytes are given) cannot hold `what`."""
     available = available_memory_bytes() if available_bytes is None else available_bytes

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fullweight.devices import separate
 from fullweight.optim.buckets import buckets
 from fullweight.optim.muon import Muon
 
@@ -168,18 +169,18 @@ def moment_like(optimizer: torch.optim.Optimizer, parameter: Tensor, dtype: torc
 def host_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Empty host memory, pinned beside an accelerator, of a tensor's shape; sharded like it."""
     local = _local(tensor).detach()
-    pinned = local.device.type not in {"cpu", "meta"}
-    return _like(tensor, torch.empty_like(local, dtype=dtype, device="cpu", pin_memory=pinned))
+    empty = torch.empty_like(local, dtype=dtype, device="cpu", pin_memory=separate(local.device))
+    return _like(tensor, empty)
 
 
 def _copies(device: torch.device) -> Copies:
-    return Copies() if device.type == "cpu" else StreamCopies(device)
+    return StreamCopies(device) if separate(device) else Copies()
 
 
 def _on_device(moment: Tensor, parameter: Tensor) -> bool:
     """Whether a moment is where its parameter is, as after `load_state_dict`; never where that is the host."""
     device = _local(parameter).device
-    return device.type != "cpu" and _local(moment).device == device
+    return separate(device) and _local(moment).device == device
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -24,14 +24,18 @@ import torch
 import torch.distributed as dist
 
 from fullweight.core.errors import TrainingError
+from fullweight.devices import DEVICES
 from fullweight.parallel.rendezvous import named
 
 _PREFIXES = (
-    *("CUBLAS_", "CUDNN_", "FULLWEIGHT_", "GLOO_", "HCCL_", "KMP_", "MKL_", "NCCL_", "NVIDIA_TF32_"),
-    *("OMP_", "PYTHONHASHSEED", "PYTORCH_", "TORCH_"),
+    *("FULLWEIGHT_", "PYTHONHASHSEED", "PYTORCH_", "TORCH_"),
+    *(prefix for kind in DEVICES.values() for prefix in kind.variables),
 )
 _RIGHTLY_DIFFERENT = ("_IFNAME", "_IF_IP", "_PORT", "_HOSTID", "_FILE", "_DIR", "_PATH", "_HOME", "_RANK")
-_PACKAGES = ("fullweight", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors")
+_PACKAGES = (
+    *("fullweight", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors"),
+    *(package for kind in DEVICES.values() for package in kind.packages),
+)
 _SOURCES = {".py", ".toml", ".json", ".cpp", ".h", ".html", ".txt"}
 _SHOWN = 5
 _ABSENT = "nothing"

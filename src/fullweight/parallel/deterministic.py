@@ -8,27 +8,26 @@ order: equal to rounding, not to the bit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
+from fullweight.devices import Device
+
 
 @contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """Within it, if `on`, torch uses only operations that repeat bit for bit; as before afterwards."""
+def deterministic(on: bool, device: Device) -> Iterator[None]:
+    """Within it, if `on`, only what repeats bit for bit is used on the device; as before afterwards.
+
+    It has to begin before the ranks meet, because a device's collectives may ask once, when they are set up.
+    """
     if not on:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a device
-    aids: Any = torch.utils.deterministic
-    before, filled = torch.are_deterministic_algorithms_enabled(), aids.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    aids.fill_uninitialized_memory = False  # it would write every new tensor
+    before = torch.are_deterministic_algorithms_enabled()
+    device.set_deterministic(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        aids.fill_uninitialized_memory = filled
+        device.set_deterministic(before)

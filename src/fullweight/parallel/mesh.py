@@ -24,14 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fullweight.core.errors import ConfigError, ToldError
+from fullweight.core.errors import ToldError
+from fullweight.devices import DeviceName, find
 from fullweight.parallel.agreement import agree, standing
 from fullweight.parallel.config import Layout
 from fullweight.parallel.launch import LaunchConfig
 from fullweight.parallel.rendezvous import meet
 from fullweight.parallel.watch import Watch
 
-DeviceName = Literal["auto", "cpu", "cuda"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -182,16 +182,6 @@ class Ranks:
             raise ToldError(f"stopped because rank 0 failed: {message}")
 
 
-def choose_device(name: DeviceName) -> torch.device:
-    """The device of this process; raises ConfigError when the one asked for is absent."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("train.device is 'cuda' but this torch sees no CUDA device; use 'cpu' or 'auto'")
-    if name == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
 @contextmanager
 def joined(
     device_name: DeviceName = "auto",
@@ -202,11 +192,11 @@ def joined(
 
     The ranks meet, prove that they run the same code and `facts`, and watch each other from then on: a failure
     inside is told once. The process group is torn down on leaving. Collectives work on host tensors (gloo) on
-    every machine, and on device tensors too (nccl) where the device is CUDA. Raises TrainingError.
+    every machine, and on device tensors through the device's own backend. Raises TrainingError, and ConfigError
+    when the device asked for is absent.
     """
-    device = choose_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    kind = find(device_name)
+    device = kind.device(int(os.environ.get("LOCAL_RANK", "0")))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks(0, 1, device)
@@ -215,7 +205,7 @@ def joined(
     watch = Watch(meeting, launch)
     with watch.running():
         dist.init_process_group(
-            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+            kind.backend(),
             store=meeting.store,
             rank=meeting.rank,
             world_size=size,

@@ -35,6 +35,7 @@ from fullweight.core import phase
 from fullweight.core.errors import ToldError
 from fullweight.core.launcher import failure_text, outside, restart_count, tell_launcher
 from fullweight.core.phase import PHASES, Place
+from fullweight.devices import DEVICES
 from fullweight.parallel.launch import LaunchConfig
 from fullweight.parallel.rendezvous import Meeting, named
 from fullweight.parallel.stall import OWN_THREADS, Seen, Straggler, doing, report, stragglers
@@ -48,11 +49,7 @@ _HEARD_SECONDS = 5.0
 _STRAGGLER_LOOK_SECONDS = 10.0
 _WINDOW_STEPS = 5
 _LEAST_EXCESS_SECONDS = 1.0
-_LOST = (
-    *("Connection closed by peer", "Connection reset by peer", "Socket unexpectedly closed", "Broken pipe"),
-    *("Application timeout caused pair closure", "Timed out waiting"),
-    *("ncclRemoteError", "communicator was aborted"),
-)
+_LOST = tuple(sign for kind in DEVICES.values() for sign in kind.lost_peer)
 
 
 @dataclass(frozen=True)

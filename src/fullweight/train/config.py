@@ -18,6 +18,7 @@ from fullweight.checkpoint.plan import ExportFormat
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
 from fullweight.data.loader import DataConfig
+from fullweight.devices import DeviceName
 from fullweight.methods import MethodConfig
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import IndexerLoss
@@ -25,7 +26,6 @@ from fullweight.optim.groups import OptimizerConfig
 from fullweight.optim.schedule import ScheduleConfig
 from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.parallel.launch import LaunchConfig
-from fullweight.parallel.mesh import DeviceName
 from fullweight.train.evaluate import EvalConfig
 from fullweight.train.guards import GuardConfig
 from fullweight.train.step import LossConfig

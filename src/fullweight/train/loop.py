@@ -8,7 +8,8 @@ written. Under torchrun every rank runs this function; rank 0 alone prints and w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from fullweight.core.errors import ConfigError
 from fullweight.core.strict_json import parse_json
 from fullweight.data.synth import check
 from fullweight.data.tokenised import told_counts
+from fullweight.devices import absent, find, of
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.optim.groups import set_learning_rate
 from fullweight.optim.schedule import lr_factor
@@ -64,7 +66,7 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
 
     Started again by the launcher that began the run, it goes on with it (`restarting.py`).
     """
-    with joined(config.train.device, config.launch, _facts(config)) as ranks:
+    with _joined(config) as ranks:
         beginning: tuple[RunFolder, Beginning] | None = None
         with ranks.main_first_failure():
             if ranks.is_main:
@@ -95,7 +97,7 @@ def resume(
     """
     folder = RunFolder(root)
     config = changed(load_config(folder), overrides)
-    with joined(config.train.device, config.launch, _facts(config)) as ranks:
+    with _joined(config) as ranks:
         return _resume(config, folder, ranks, console, on_corrupt)
 
 
@@ -149,6 +151,14 @@ def _resume(
         return _drive(run, console, partial(_continue, choice=choice, dropped=dropped))
 
 
+@contextmanager
+def _joined(config: RunConfig) -> Iterator[Ranks]:
+    """The ranks of the run, on its device and in its mode."""
+    mode = deterministic(config.parallel.deterministic, find(config.train.device))
+    with mode, joined(config.train.device, config.launch, _facts(config)) as ranks:
+        yield ranks
+
+
 def _facts(config: RunConfig) -> dict[str, str]:
     """The configuration as the ranks compare it: key by key, but for the folder, which rank 0 chooses."""
     return flat(config.model_dump(mode="json", exclude={"output"}), "config.")
@@ -173,8 +183,7 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
     records = Records(Ledger(run.folder.ledger) if main else None, trackers, reporter)
     saving = Saving(run, records)
     try:
-        ordered = deterministic(run.config.parallel.deterministic)
-        with StopRequest().listening() as stop, run.ranks.telling(), ordered:
+        with StopRequest().listening() as stop, run.ranks.telling():
             if run.ranks.watch is not None:
                 run.ranks.watch.of_run(run.folder.stalls, partial(_how_to_go_on, run.folder))
             opening(run, records)
@@ -198,15 +207,31 @@ def _start(run: Run, records: Records) -> None:
         f"{run.config.name}: {run.parameters}, {run.ranks.size} rank(s), "
         f"{run.config.train.precision}, into {run.folder.root}"
     )
+    records.reporter.say(_device_told(run))
     for line in told_counts(run.state.loader.prepared.counts):
         records.reporter.say(line)
     _evaluate_and_record(run, records)
 
 
 def _described(run: Run) -> dict[str, Any]:
-    """What an event at a start or resume keeps of the run: peak, parameters, and what became of each source."""
-    counts = [asdict(count) for count in run.state.loader.prepared.counts]
-    return {"peak": asdict(run.peak), "parameters": asdict(run.parameters), "data": counts}
+    """What an event at a start or resume keeps: device, peak, parameters, and what became of each source."""
+    counts, kind = [asdict(count) for count in run.state.loader.prepared.counts], of(run.ranks.device)
+    device = {"name": kind.name, "chip": kind.chip(), "operations": run.model.ops.name}
+    return {
+        "device": device,
+        "peak": asdict(run.peak),
+        "parameters": asdict(run.parameters),
+        "data": counts,
+    }
+
+
+def _device_told(run: Run) -> str:
+    """Which device and operations were taken and, when that was left to the system, why not another device."""
+    kind = of(run.ranks.device)
+    told = f"device: {kind.name} ({kind.chip()}), operations: {run.model.ops.name}"
+    if run.config.train.device != "auto":
+        return told
+    return "; ".join([told, *(f"no {name}: {reason}" for name, reason in absent().items())])
 
 
 def _continue(run: Run, records: Records, choice: Choice, dropped: int) -> None:
@@ -214,6 +239,7 @@ def _continue(run: Run, records: Records, choice: Choice, dropped: int) -> None:
     origin = described(run.config, choice, dropped)
     records.write("event", step, {"what": "resume", **origin, **_described(run), **_launched(run)})
     say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}, {run.parameters}")
+    say(_device_told(run))
     for line in told(origin):
         say(line)
 

@@ -2,7 +2,7 @@
 
 Counted is what is there at every step whatever the data: master weights, and of what trains the gradients and the
 optimiser's moments (one for a matrix under Muon, two under AdamW). All are cut over the ranks of a replica; ranks
-of one machine share its memory, a CUDA device is a rank's own, and moments that are offloaded are in the
+of one machine share its memory, an accelerator's is a rank's own, and moments that are offloaded are in the
 machine's. So this is a lower bound: a run that passes may still be too large for its activations, a run that fails
 it could never have begun.
 
@@ -16,6 +16,7 @@ import os
 import torch
 
 from fullweight.core.machine import require_memory
+from fullweight.devices import of, separate
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.parallel.config import Layout
 from fullweight.train.config import RunConfig
@@ -46,10 +47,10 @@ def check_memory(config: RunConfig, architecture: DeepSeekV4Config, layout: Layo
     shares = "" if layout.world == 1 else f", the shares of {here} of {layout.world} ranks"
     fix = "use ranks on more machines, a smaller model, or freeze what need not train (train.frozen)"
     training = f"training {architecture.num_parameters(mtp=True):,} parameters"
-    if device.type != "cuda":
+    if not separate(device):
         require_memory(share * here, f"{training} (weights, gradients and moments{shares})", fix)
         return
-    free, held = torch.cuda.mem_get_info(device)[0], "weights, gradients and moments"
+    free, held = of(device).memory().free, "weights, gradients and moments"
     if config.parallel.offload_optimizer:
         on_device = share_of(state_bytes(config, architecture, with_moments=False))
         require_memory((share - on_device) * here, f"{training} (moments in host memory{shares})", fix)

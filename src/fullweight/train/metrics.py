@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from fullweight.devices import of, separate
 from fullweight.models.deepseek_v4.flops import choice_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 from fullweight.parallel.mesh import Ranks
@@ -86,8 +87,8 @@ def model_flops(model: DeepSeekV4, document_lengths: Sequence[int]) -> int:
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes in use by this process and, on an accelerator, the peak allocated there."""
     used = {"resident_bytes": psutil.Process().memory_info().rss}
-    if device.type == "cuda":
-        used["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    if separate(device):
+        used["device_peak_bytes"] = of(device).memory().peak
     return used
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fullweight.devices import of, separate
+
 CPU_SHAPES = ((2048, 2048, 2048), (4096, 512, 512))
 """(rows, in, out)."""
 ACCELERATOR_SHAPES = ((8192, 8192, 8192),)
@@ -43,7 +45,7 @@ def matmul_rates(
 
     15 repeats after 2 that warm up; on a slow machine fewer, at least 3, once a shape has taken 2 seconds.
     """
-    shapes = shapes or (CPU_SHAPES if device.type == "cpu" else ACCELERATOR_SHAPES)
+    shapes = shapes or (ACCELERATOR_SHAPES if separate(device) else CPU_SHAPES)
     return tuple(_rate(shape, device) for shape in shapes)
 
 
@@ -63,6 +65,5 @@ def _rate(shape: tuple[int, int, int], device: torch.device) -> MatmulRate:
 def _timed(x: torch.Tensor, weight: torch.Tensor) -> float:
     start = time.perf_counter()
     torch.nn.functional.linear(x, weight)
-    if x.device.type != "cpu":
-        torch.accelerator.synchronize(x.device)
+    of(x.device).synchronize()
     return time.perf_counter() - start

@@ -20,7 +20,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,12 @@ import torch
 from fullweight.checkpoint.export import unfinished
 from fullweight.core import durable
 from fullweight.core.errors import ConfigError
+from fullweight.devices import DEVICES, absent, find, of
 
-_PACKAGES = ("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors")
+_PACKAGES = (
+    *("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors"),
+    *(package for kind in DEVICES.values() for package in kind.packages),
+)
 
 
 @dataclass(frozen=True)
@@ -153,15 +157,21 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
         **_commit(),
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": find("cpu").chip(),
             "cpu_count": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         },
+        "device": described(device),
         "ranks": world_size,
         "threads_per_rank": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """The device of this rank for the record, and why others were not to be had; None is unknown."""
+    kind = of(device)
+    return {"name": kind.name, "chip": kind.chip(), **asdict(kind.topology()), "absent": absent()}
 
 
 def _version(name: str) -> str | None:
@@ -185,12 +195,3 @@ def _commit() -> dict[str, Any]:
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

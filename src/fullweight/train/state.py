@@ -29,6 +29,7 @@ from fullweight.checkpoint.manifest import Generation
 from fullweight.checkpoint.peers import Peers
 from fullweight.core.errors import CheckpointError
 from fullweight.data.loader import PackedLoader
+from fullweight.devices import of
 from fullweight.optim.groups import kind
 from fullweight.optim.offload import moment_like
 from fullweight.parallel.mesh import Ranks
@@ -136,7 +137,7 @@ class TrainState:
         own = f"random.rank_{self.ranks.rank}."
         for device in _generators(self.ranks.device):
             if own + device in values:
-                _set_generator(device, self.ranks.device, values[own + device])
+                of(torch.device(device)).set_rng_state(values[own + device])
             else:
                 torch.manual_seed(_seed(self.seed, step, self.ranks.rank))
         self._spare_generators = {n: t for n, t in values.items() if _rank_of(n) >= self.ranks.size}
@@ -178,14 +179,5 @@ def _seed(*parts: int) -> int:
 
 
 def _generators(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def _set_generator(name: str, device: torch.device, state: Tensor) -> None:
-    if name == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
+    """The state of every generator that this rank draws from, the host's and its device's, by device type."""
+    return {kind.type: kind.rng_state() for kind in (of(torch.device("cpu")), of(device))}

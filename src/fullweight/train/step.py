@@ -23,6 +23,7 @@ from fullweight.core import phase
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
+from fullweight.devices import of
 from fullweight.methods import Method
 from fullweight.models.deepseek_v4.model import parameters_of
 from fullweight.optim.clip import clip_grad_norm, local_norms
@@ -59,8 +60,7 @@ class Phases:
 
     def end(self, phase: str) -> None:
         """Book the time since the last boundary under `phase`."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        of(self.device).synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now

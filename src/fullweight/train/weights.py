@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -24,6 +23,7 @@ from fullweight.checkpoint.peers import Peers
 from fullweight.checkpoint.receipt import Receipt
 from fullweight.checkpoint.slices import Slice
 from fullweight.core.errors import ConfigError
+from fullweight.devices import of
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.init import fill_part
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -95,7 +95,7 @@ def readable(model: DeepSeekV4, config: RunConfig, ranks: Ranks) -> Iterator[Dee
 def check_room_for_copy(model: DeepSeekV4, ranks: Ranks) -> None:
     """Raise ConfigError, on every rank, when rank 0 could not hold the copy that `readable` would make there."""
     needed = model.config.num_parameters(mtp=bool(model.config.num_nextn_predict_layers)) * 4
-    free = ranks.broadcast(_free_bytes(ranks.device) if ranks.is_main else 0)
+    free = ranks.broadcast(of(ranks.device).memory().free if ranks.is_main else 0)
     if not ranks.layout.plain and needed > free:
         axes = " x ".join(f"{name} {size}" for name, size in ranks.layout.axes().items())
         raise ConfigError(
@@ -103,12 +103,6 @@ def check_room_for_copy(model: DeepSeekV4, ranks: Ranks) -> None:
             f"compute together ({axes}): {needed / 1e9:,.1f} GB, and it has {free / 1e9:,.1f} GB free; set "
             "eval.num_samples=0"
         )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def keep_origin(receipt: Receipt | None, folder: RunFolder) -> None:

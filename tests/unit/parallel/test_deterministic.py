@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fullweight.devices import find
 from fullweight.parallel.deterministic import deterministic
 
 
@@ -12,7 +13,7 @@ def test_the_mode_ends_with_the_block(on: bool) -> None:
     filled = torch.utils.deterministic.fill_uninitialized_memory
 
     def fail() -> None:
-        with deterministic(on):
+        with deterministic(on, find("cpu")):
             assert torch.are_deterministic_algorithms_enabled() is on
             raise ZeroDivisionError
 

@@ -10,11 +10,12 @@ import torch
 from fullweight.core import machine
 from fullweight.core.config import apply_overrides, read_toml
 from fullweight.core.errors import ConfigError
+from fullweight.devices import MemoryUse
+from fullweight.devices.cuda import Cuda
 from fullweight.models.deepseek_v4.init import initialise
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import build_optimizers
 from fullweight.parallel.config import Layout
-from fullweight.train import memory
 from fullweight.train.config import RunConfig
 from fullweight.train.memory import check_memory, state_bytes
 from fullweight.train.trainable import freeze
@@ -22,6 +23,11 @@ from fullweight.train.trainable import freeze
 SMOKE = Path(__file__).parents[3] / "recipes" / "tiny_smoke.toml"
 OFFLOAD = "parallel.offload_optimizer=true"
 CPU = torch.device("cpu")
+
+
+def free_on_device(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """The accelerator, which this machine may lack, has so many bytes left."""
+    monkeypatch.setattr(Cuda, "memory", lambda _self: MemoryUse(0, 0, 0, free, free))
 
 
 def recipe(*overrides: str) -> RunConfig:
@@ -73,7 +79,7 @@ def test_a_device_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = config.model.architecture()
     whole = state_bytes(config, architecture)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda _device: (whole // 3, whole))
+    free_on_device(monkeypatch, whole // 3)
     check_memory(config, architecture, Layout(shard=8), torch.device("cuda", 0))
     with pytest.raises(ConfigError, match="this rank's share"):
         check_memory(config, architecture, Layout(shard=2), torch.device("cuda", 0))
@@ -86,7 +92,7 @@ def test_offloaded_moments_are_the_machines(monkeypatch: pytest.MonkeyPatch) -> 
     whole = state_bytes(plain, architecture)
     assert state_bytes(plain, architecture, with_moments=False) == whole // 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda _device: (whole // 6, whole))
+    free_on_device(monkeypatch, whole // 6)
     check_memory(offloaded, architecture, Layout(shard=4), device)
     with pytest.raises(ConfigError, match="weights, gradients and moments, this rank's share"):
         check_memory(plain, architecture, Layout(shard=4), device)

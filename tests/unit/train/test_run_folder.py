@@ -76,7 +76,10 @@ def test_environment_says_what_the_run_stood_on() -> None:
     assert found["packages"]["torch"] == torch.__version__
     assert found["ranks"] == 2
     assert found["machine"]["memory_bytes"] > 0
-    assert set(found["machine"]) == {"system", "processor", "cpu_count", "memory_bytes", "device"}
+    assert set(found["machine"]) == {"system", "processor", "cpu_count", "memory_bytes"}
+    assert found["device"]["name"] == "cpu"
+    assert found["device"]["num_devices"] == 1
+    assert "cpu" not in found["device"]["absent"]
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""Ascend NPUs through torch_npu; power and links from npu-smi. One device is one die: a 910C chip has two.
+
+torch_npu is imported on first use and not before, so that a machine without it, or without CANN, loses nothing but
+this device. Names and signatures are those of torch_npu 2.13.0 (`torch_npu/npu/*.py`), and `tests/ascend` compares
+them with the package itself. Nothing here has run on a chip; docs/ascend.md says what will show that it does.
+
+An operation that the NPU lacks must not run on the CPU instead, silently and a hundred times slower: torch_npu
+refuses that when TORCH_NPU_FALLBACK_CPU_DISABLE=1, which the package's `__init__` sets before torch is imported.
+`device` refuses another value, unless FULLWEIGHT_ALLOW_CPU_FALLBACK=1 says that it is meant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullweight.core.errors import ConfigError
+from fullweight.devices.base import Device, MemoryUse, Topology, links_of, tool, visible
+
+FALLBACK = "TORCH_NPU_FALLBACK_CPU_DISABLE"
+_ALLOWED = "FULLWEIGHT_ALLOW_CPU_FALLBACK"
+_DETERMINISTIC = "HCCL_DETERMINISTIC"
+_DIES = {"Ascend910_93": 2, "Ascend910B": 1}
+"""Devices of one chip, by the beginning of the name; of others it is unknown."""
+
+
+def torch_npu() -> Any:
+    """The vendor's package. Raises ConfigError when it cannot be imported."""
+    if importlib.util.find_spec("torch_npu") is None:
+        raise ConfigError("torch_npu is not installed (pip install torch_npu==2.13.0)")
+    try:
+        return importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:  # CANN's libraries, or a torch built for another device
+        raise ConfigError(
+            f"torch_npu cannot be imported ({str(error).strip().splitlines()[0]}); install CANN and source its "
+            "set_env.sh, on a machine whose torch is built for CPUs"
+        ) from None
+
+
+class Ascend(Device):
+    """One die per process."""
+
+    name = "ascend"
+    type = "npu"
+    variables = ("ACL_", "ASCEND_LAUNCH_", "HCCL_", "INF_NAN_MODE_", "LCCL_", "NPU_", "P2P_HCCL_", "TASK_QUEUE_")
+    packages = ("torch_npu",)
+    lost_peer = (
+        *("Some HCCL operations have failed or timed out", "Watchdog caught collective operation timeout"),
+        *("EI0002", "EI0006"),  # waited in vain for another rank; could not connect to one
+    )
+
+    def __init__(self) -> None:
+        self._set_variable = False  # whether HCCL_DETERMINISTIC is of our making
+
+    @classmethod
+    def available(cls) -> str | None:
+        try:
+            npu = torch_npu().npu
+        except ConfigError as error:
+            return str(error)
+        if not npu.is_available():
+            return "torch_npu sees no NPU (driver, ASCEND_RT_VISIBLE_DEVICES; `npu-smi info` lists them)"
+        return None
+
+    @property
+    def _npu(self) -> Any:
+        return torch_npu().npu
+
+    def count(self) -> int:
+        return int(self._npu.device_count())
+
+    def device(self, local_rank: int) -> torch.device:
+        """Also raises ConfigError when operations could fall back to the CPU unseen."""
+        _refuse_fallback()
+        if local_rank >= self.count():
+            raise ConfigError(
+                f"LOCAL_RANK is {local_rank} and this process sees {self.count()} NPU(s); start as many ranks as "
+                "there are dies (--nproc-per-node), or make more visible (ASCEND_RT_VISIBLE_DEVICES)"
+            )
+        self._npu.set_device(local_rank)
+        return torch.device("npu", local_rank)
+
+    def backend(self) -> str:
+        torch_npu()  # it registers the backend
+        return "cpu:gloo,npu:hccl"
+
+    def synchronize(self) -> None:
+        self._npu.synchronize()
+
+    def memory(self) -> MemoryUse:
+        npu = self._npu
+        free, total = npu.mem_get_info()
+        return MemoryUse(
+            allocated=npu.memory_allocated(),
+            reserved=npu.memory_reserved(),
+            peak=npu.max_memory_allocated(),
+            free=free,
+            total=total,
+        )
+
+    def reset_peak(self) -> None:
+        self._npu.reset_peak_memory_stats()
+
+    def rng_state(self) -> Tensor:
+        return self._npu.get_rng_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        self._npu.set_rng_state(state)
+
+    def set_deterministic(self, on: bool) -> None:
+        """HCCL adds in a fixed order only if its variable says so when a communicator is made."""
+        given = os.environ.get(_DETERMINISTIC)
+        if on and given is None:
+            os.environ[_DETERMINISTIC], self._set_variable = "true", True
+        elif on and given is not None and given.lower() not in {"true", "strict"}:
+            raise ConfigError(
+                f"parallel.deterministic = true and {_DETERMINISTIC}={given} exclude each other; unset the "
+                "variable, or set it to true or strict"
+            )
+        elif not on and self._set_variable:
+            os.environ.pop(_DETERMINISTIC, None)
+            self._set_variable = False
+        super().set_deterministic(on)
+
+    @contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        mstx = self._npu.mstx
+        number = mstx.range_start(name)
+        try:
+            yield
+        finally:
+            mstx.range_end(number)
+
+    def watts(self) -> float | None:
+        return chip_watts(tool("npu-smi", "info"), self._numbers()[self._npu.current_device()])
+
+    def chip(self) -> str:
+        return str(self._npu.get_device_name())
+
+    def topology(self) -> Topology:
+        name, matrix = self.chip(), tool("npu-smi", "info", "-t", "topo")
+        links = None
+        if matrix is not None:
+            links = links_of(matrix, "Phy-ID", self._numbers()) or links_of(matrix, "NPU", self._numbers())
+        dies = next((dies for start, dies in _DIES.items() if name.startswith(start)), None)
+        return Topology(self.count(), dies, self._npu.mem_get_info()[1], links)
+
+    def _numbers(self) -> list[int]:
+        return visible(os.environ.get("ASCEND_RT_VISIBLE_DEVICES"), self.count())
+
+
+def chip_watts(text: str | None, number: int) -> float | None:
+    """This die's even share of its chip's power, from the table that `npu-smi info` prints; None if it has none.
+
+    Each die has two lines: chip and power, then die and physical number. The power stands at a chip's first die;
+    the others have a dash. Where a chip has one die its second line has no physical number, and the chip's counts.
+    """
+    power: dict[str, float] = {}
+    dies: dict[str, list[int]] = {}
+    chip = ""
+    for cells in ([c.split() for c in line.strip("| ").split("|")] for line in (text or "").splitlines()):
+        if len(cells) != 3 or not cells[0] or not cells[0][0].isdigit() or not cells[2]:
+            continue
+        if re.fullmatch(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f:.]+", "".join(cells[1])):
+            dies.setdefault(chip, []).append(int(cells[0][-1]) if len(cells[0]) > 1 else int(chip))
+        elif len(cells[0]) > 1:
+            chip = cells[0][0]
+            if re.fullmatch(r"\d+(\.\d+)?", cells[2][0]):
+                power[chip] = float(cells[2][0])
+    found = next((c for c, numbers in dies.items() if number in numbers), None)
+    return power[found] / len(dies[found]) if found in power else None
+
+
+def _refuse_fallback() -> None:
+    """Raise ConfigError when an operation that the NPU lacks would run on the CPU, and nobody said that it may."""
+    if os.environ.get(FALLBACK) != "1" and os.environ.get(_ALLOWED) != "1":
+        raise ConfigError(
+            f"{FALLBACK}={os.environ.get(FALLBACK, '')} lets operations that the NPU lacks run on the CPU, unseen "
+            f"and far slower; unset it (1 is set for you), or say that it is meant with {_ALLOWED}=1"
+        )
