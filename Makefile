@@ -32,7 +32,7 @@ $(shell test -x $(BIN)/python || rm -f $(RUNTIME) $(DEVELOP))
 
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup quickstart test test-multi test-slow test-crash test-ascend lint bench clean
+.PHONY: help setup quickstart test test-device test-multi test-slow test-crash test-ascend lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ quickstart: $(RUNTIME) ## train a small model on generated tasks, with scores, r
 
 test: $(DEVELOP) ## every test that takes seconds
 	$(BIN)/python -m pytest -m "not slow and not crash" --ignore=tests/multi --ignore=tests/ascend $(PYTEST_FLAGS)
+
+test-device: $(DEVELOP) ## the contract of devices, on the accelerator that is there, if one is, and on the CPU
+	$(BIN)/python -m pytest tests/device $(PYTEST_FLAGS)
 
 test-multi: $(DEVELOP) ## the tests with several ranks on this machine
 	$(BIN)/python -m pytest -m "not slow and not crash" tests/multi $(PYTEST_FLAGS)
