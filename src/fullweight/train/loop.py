@@ -302,6 +302,11 @@ def _note_unreached(record: dict[str, Any], reporter: Reporter) -> None:
 
 
 def _one_step(run: Run) -> dict[str, Any]:
+    with of(run.ranks.device).range(f"step {run.state.step + 1}"):
+        return _timed_step(run)
+
+
+def _timed_step(run: Run) -> dict[str, Any]:
     config, state = run.config, run.state
     crash_point("train.step")
     phase.begin_step(state.step + 1)
