@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,19 @@ from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
 
 QUERY_CHUNK = 256  # queries whose scores exist at the same time
 TOKEN_CHUNK = 1024  # tokens whose logits exist at the same time
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "linear": ("linear", "wide_linear", "grouped_linear"),
+    "norm_rotary": ("rms_norm", "rotary", "norm_rotary"),
+    "swiglu": ("swiglu",),
+    "hyper_connection": ("hyper_pre", "hyper_post", "hyper_head", "hyper_mix", "sinkhorn"),
+    "compress": ("compress",),
+    "indexer": ("index_scores", "select_entries", "indexer_loss", "dense_indexer_loss"),
+    "attention": ("attention",),
+    "experts": ("experts",),
+    "cross_entropy": ("cross_entropy",),
+}
+"""What a recipe chooses together, and the operations in it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,19 @@ class ReferenceOperations:
     """Plain torch. `name` is what recipes, `doctor` and the ledger call this set of operations."""
 
     name = "reference"
+
+    @classmethod
+    def for_group(cls, group: str) -> Self:
+        """The set, where `group` asks for it by name."""
+        return cls()
+
+    def has_own(self, group: str) -> bool:
+        """Whether this set does any of the group's operations itself."""
+        return any(getattr(type(self), m) is not getattr(ReferenceOperations, m) for m in GROUPS[group])
+
+    def part(self, group: str) -> ReferenceOperations:
+        """The set that does the group's operations."""
+        return self
 
     # ---- projections and element-wise ---------------------------------------------------------------
 
@@ -153,12 +179,17 @@ class ReferenceOperations:
         base_pre, base_post, base_comb = base.to(z.dtype).split((n, n, n * n))
         pre = torch.sigmoid(scale[0] * pre + base_pre) + eps
         post = 2 * torch.sigmoid(scale[1] * post + base_post)
-        comb = torch.softmax((scale[2] * comb + base_comb).view(-1, n, n), -1) + eps
+        comb = self.sinkhorn((scale[2] * comb + base_comb).view(-1, n, n), iters, eps)
+        return HyperOutput(self.hyper_mix(streams, pre), post, comb, pre.detach())
+
+    def sinkhorn(self, logits: Tensor, iters: int, eps: float) -> Tensor:
+        """logits [T, n, n] to doubly stochastic matrices: a softmax over rows, then columns and rows in turn."""
+        comb = torch.softmax(logits, -1) + eps
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
         for _ in range(iters - 1):
             comb = comb / (comb.sum(-1, keepdim=True) + eps)
             comb = comb / (comb.sum(-2, keepdim=True) + eps)
-        return HyperOutput(self.hyper_mix(streams, pre), post, comb, pre.detach())
+        return comb
 
     def hyper_post(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         """streams'[k] = post[k] * y + sum_j comb[j, k] * streams[j]; y [T, d]."""

@@ -85,7 +85,6 @@ class TrainSection(Config):
     )
     seed: int = Field(0, ge=0, lt=2**63)
     device: DeviceName = "auto"
-    ops: str = Field("auto", description="operations by name; auto takes the best for the device")
     trainable: tuple[str, ...] = Field(
         ALL, min_length=1, description="parameters that train: shell patterns on published names"
     )
@@ -125,6 +124,26 @@ class TrainSection(Config):
         return chosen
 
 
+class OpsSection(Config):
+    """Operations by name; a group that names its own is taken from there."""
+
+    default: str = Field("auto", description="reference, cpu, cuda or ascend; auto takes the best for the device")
+    linear: str | None = None
+    norm_rotary: str | None = None
+    swiglu: str | None = None
+    hyper_connection: str | None = None
+    compress: str | None = None
+    indexer: str | None = None
+    attention: str | None = None
+    experts: str | None = None
+    cross_entropy: str | None = None
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Groups that name operations of their own."""
+        return {group: name for group, name in self if group != "default" and name is not None}
+
+
 class CheckpointSection(SaveConfig):
     """When to save the exact training state (the end and an interruption always do), how, and how many to keep."""
 
@@ -151,6 +170,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainSection
+    ops: OpsSection = OpsSection()
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()

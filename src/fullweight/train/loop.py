@@ -27,6 +27,7 @@ from fullweight.data.synth import check
 from fullweight.data.tokenised import told_counts
 from fullweight.devices import absent, find, of
 from fullweight.models.deepseek_v4.cache import generate
+from fullweight.ops import implementations
 from fullweight.optim.groups import set_learning_rate
 from fullweight.optim.schedule import lr_factor
 from fullweight.parallel.agreement import flat
@@ -222,6 +223,7 @@ def _described(run: Run) -> dict[str, Any]:
         "peak": asdict(run.peak),
         "parameters": asdict(run.parameters),
         "data": counts,
+        "operations": implementations(run.model.ops),
     }
 
 

@@ -40,7 +40,7 @@ def empty_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) 
 
     What the recipe freezes takes no gradient.
     """
-    ops = resolve_operations(config.train.ops, device)
+    ops = resolve_operations(config.ops.default, device, config.ops.chosen)
     with torch.device("meta"):
         model = DeepSeekV4(
             architecture, config.train.compute_dtype, ops=ops, indexer_loss=config.train.indexer_loss

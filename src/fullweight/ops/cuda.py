@@ -1,0 +1,75 @@
+"""Operations for CUDA: torch's own grouped products for the experts, and projections that keep no cast weight.
+
+The experts are bf16 as everywhere; a type that the grouped products do not take raises. The rest is the reference,
+which runs on CUDA as it is. Values are tested on the CPU, where torch's grouped product runs too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fullweight.core.errors import OperationError
+from fullweight.ops.late import split
+from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
+from fullweight.ops.mixture import ExpertMixture, GroupedProducts
+from fullweight.ops.reference import ReferenceOperations
+
+
+class CudaOperations(ReferenceOperations):
+    """Torch's fused operations for CUDA."""
+
+    name = "cuda"
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return CastLinear.apply(x, *split(x, weight))
+
+    def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return WideLinear.apply(x, *split(x, weight), F.linear)
+
+    def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return GroupedLinear.apply(x, *split(x, weight))
+
+    def experts(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
+    ) -> Tensor:
+        if not chosen.numel():  # no row is here
+            return super().experts(x, chosen, weights, gate_up, down, limit)
+        if x.dtype != torch.bfloat16:
+            found = str(x.dtype).removeprefix("torch.")
+            raise OperationError(
+                f"experts of the cuda operations: torch's grouped products take bfloat16, found {found}; "
+                'set ops.experts = "reference"'
+            )
+        (gate_up, late_gate_up), (down, late_down) = split(x, gate_up), split(x, down)
+        kit = CudaProducts()
+        return ExpertMixture.apply(x, chosen, weights, gate_up, down, limit, late_gate_up, late_down, kit)
+
+
+class CudaProducts(GroupedProducts):
+    """torch.nn.functional.grouped_mm, and rows by index."""
+
+    def spread(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.sort(chosen.flatten(), stable=True).indices
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        return x.index_select(0, order // chosen.shape[1]), place
+
+    def total(self, rows: Tensor, place: Tensor, top_k: int) -> Tensor:
+        return rows.index_select(0, place).unflatten(0, (-1, top_k)).sum(1)
+
+    def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(rows, weights.to(rows.dtype), offs=ends.to(torch.int32))
+
+    def outer(self, left: Tensor, right: Tensor, like: Tensor, ends: Tensor) -> Tensor:
+        return F.grouped_mm(left.T, right, offs=ends.to(torch.int32)).to(like.dtype)
+
+    def swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+    def swiglu_backward(self, grad: Tensor, gate_up: Tensor, limit: float) -> Tensor:
+        with torch.enable_grad():
+            leaf = gate_up.detach().requires_grad_()
+            return torch.autograd.grad(self.swiglu(leaf, limit), leaf, grad)[0]
