@@ -39,7 +39,7 @@ from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError
 
 State = Mapping[str, Tensor]
-"""Tensors by name: DTensors for what is sharded, equal plain tensors on every rank for what is not."""
+"""Tensors by name: DTensors for what is sharded, plain ones, equal wherever they are held, for what is not."""
 
 _FILE_BYTES = 256 << 20  # a rank writes one file up to this size, then more, for hashing side by side
 _METADATA_ALLOWANCE = 1.02
@@ -163,8 +163,14 @@ def _begin(folder: Path, step: int) -> str:
 
 def _check_room(folder: Path, state: State, peers: Peers) -> None:
     """Half a checkpoint on a full disk helps nobody and takes the last bytes from the ledger."""
-    mine = {n: t for n, t in state.items() if isinstance(t, DTensor) or peers.is_main}
-    needed = int(sum(peers.gather(local_bytes(mine))) * _METADATA_ALLOWANCE)
+    plain = {
+        name: local_bytes({name: tensor}) for name, tensor in state.items() if not isinstance(tensor, DTensor)
+    }
+    everywhere: dict[str, int] = {}  # stages of a pipeline hold different ones
+    for part in peers.gather(plain):
+        everywhere |= part
+    sharded = sum(peers.gather(local_bytes(state) - sum(plain.values())))
+    needed = int((sharded + sum(everywhere.values())) * _METADATA_ALLOWANCE)
     free = free_bytes(folder)
     if free < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")

@@ -3,6 +3,7 @@
 Experts that are dealt over ranks are a unit of their own inside their block: only the ranks that hold the same
 experts share them. Parameters that are divided by heads stay in their block's unit, but are shared by the ranks
 with the same heads. On a mesh of two axes (HSDP) parameters are cut over the second and copied over the first.
+What a rank shares with no other stays as it is: FSDP would copy parameters and gradients, and exchange nothing.
 
 Why this way: parameters stay fp32 and are gathered in fp32, because the model itself casts where the
 mathematics allows it; a mixed-precision policy here would round the tensors that must stay fp32. Gradients
@@ -40,17 +41,26 @@ def shard(
 
     `own_mesh` names modules inside of blocks whose parameters are sharded over another mesh; what else is a
     DTensor already, this rank's part of it, is sharded over `cut_mesh`. All ranks must hold equal parameters, or
-    their parts of cut ones. Parameters become DTensors sharded on dimension 0 (uneven shards
-    are allowed), those of `by_rows` on dimension 1 (which the shards must divide); their gradients are sums over
-    ranks, exchanged in `reduce_dtype` (None: as they are, fp32).
+    their parts of cut ones. Parameters become DTensors sharded on dimension 0 (uneven shards are allowed), those
+    of `by_rows` on dimension 1 (which the shards must divide); their gradients are sums over ranks, exchanged in
+    `reduce_dtype` (None: as they are, fp32). What would be sharded over one rank is left alone.
     """
+    if mesh.size() == 1:
+        return
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    alone: set[nn.Parameter] = set()
+    if cut_mesh is not None and cut_mesh.size() == 1:
+        elsewhere = {parameter for module in own_mesh or {} for parameter in module.parameters()}
+        alone = {p for p in model.parameters() if isinstance(p, DTensor) and p not in elsewhere}
     for module, other in (own_mesh or {}).items():
-        fully_shard(module, mesh=other, mp_policy=policy, shard_placement_fn=_placement(None, by_rows))
+        if other.size() == 1:
+            alone.update(module.parameters())
+        else:
+            fully_shard(module, mesh=other, mp_policy=policy, shard_placement_fn=_placement(None, by_rows))
     place = _placement(cut_mesh, by_rows)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=place, ignored_params=alone)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=alone)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
