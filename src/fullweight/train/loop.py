@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fullweight.checkpoint.generations import Choice, OnCorrupt, listed
 from fullweight.core import phase
+from fullweight.core.collector import older_objects_left_alone
 from fullweight.core.crash import crash_point
 from fullweight.core.durable import sync, sync_tree
 from fullweight.core.errors import ConfigError
@@ -267,7 +268,7 @@ def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> boo
     Raises TrainingError when it cannot be.
     """
     total, state = run.config.train.num_steps, run.state
-    with records.reporter.steps(state.step, total):
+    with records.reporter.steps(state.step, total), older_objects_left_alone():
         while state.step < total and not run.ranks.any(stop.requested or saving.gave_up):
             record = _one_step(run)
             records.write("step", state.step, record)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fullweight.core import phase
+from fullweight.core.collector import collector_paused
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
 from fullweight.core.types import Batch
@@ -85,6 +86,7 @@ class StepResult:
     refusal: str | None  # why the weights were left alone
 
 
+@collector_paused()
 def training_step(
     model: nn.Module,
     method: Method,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -60,21 +62,22 @@ def batch_of(config: DeepSeekV4Config, length: int) -> Batch:
     return Batch(tokens, torch.ones(length), PackedLayout.build([length], config.ratios))
 
 
-def peak_of_a_step(length: int) -> int:
-    """Most bytes that one step on a document of `length` tokens makes and holds at once."""
-    config = DeepSeekV4Config.preset("small")
+def stepping(preset: str, recompute: Literal["none", "selective", "full"] = "none") -> Callable[[int], None]:
+    """A function that takes one training step on a document of as many tokens, with one model."""
+    config = DeepSeekV4Config.preset(preset)
     model = initialise(DeepSeekV4(config, torch.bfloat16), 0)
+    model.set_recompute(recompute)
     optimizers = build_optimizers(
         model, model.parameter_roles(), OptimizerConfig(name="adamw", learning_rate=1e-4)
     )
     device = torch.device("cpu")
 
-    def step(batch: Batch) -> None:
+    def step(length: int) -> None:
         training_step(
             model,
             Pretrain(),
             optimizers,
-            [batch],
+            [batch_of(config, length)],
             engine=PlainEngine(model),
             losses=LossConfig(),
             clip_norm=1.0,
@@ -83,10 +86,34 @@ def peak_of_a_step(length: int) -> int:
             phases=Phases(device),
         )
 
-    step(batch_of(config, 64))  # the optimizer makes its moments in the first step
+    step(64)  # the optimizer makes its moments in the first step
+    return step
+
+
+def peak_of_a_step(length: int) -> int:
+    """Most bytes that one step on a document of `length` tokens makes and holds at once."""
+    step = stepping("small")
     with LiveBytes() as live:
-        step(batch_of(config, length))
+        step(length)
     return live.most
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_leaves_no_tensor_to_the_collector(recompute: Literal["none", "selective", "full"]) -> None:
+    """Reference counts alone free what a step made, so that the collector may rest meanwhile."""
+    step = stepping("tiny", recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        step(130)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [thing for thing in gc.garbage if isinstance(thing, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left, f"{len(left)} tensors"
 
 
 @pytest.mark.slow
