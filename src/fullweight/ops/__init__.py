@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from fullweight.core.config import nearest
 from fullweight.core.errors import OperationError
+from fullweight.devices import DEVICES
 from fullweight.ops.ascend import AscendOperations
 from fullweight.ops.cpu import CpuOperations
 from fullweight.ops.cuda import CudaOperations
@@ -24,14 +25,14 @@ OPERATIONS: dict[str, type[ReferenceOperations]] = {
     "cuda": CudaOperations,
     "ascend": AscendOperations,
 }
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "ascend": "npu"}  # the type of device that a set runs on
+"""But for the reference, which runs anywhere, a set has the name of the device that it is for."""
 
 
 def available_operations(device: str = "cpu") -> list[str]:
     """Names that `resolve_operations` takes on this machine for tensors on `device` (a type), best last."""
     if device == "cpu" and not find_compiler():
         return ["reference"]
-    return ["reference", *(name for name, its_device in DEVICES.items() if its_device == device)]
+    return ["reference", *(name for name, kind in DEVICES.items() if kind.type == device and name in OPERATIONS)]
 
 
 def resolve_operations(
@@ -67,6 +68,6 @@ def _known(name: str, device: str) -> str:
         raise OperationError(f"no operations named {name!r}; {nearest(name, ['auto', *OPERATIONS])}")
     if name == "auto":
         return available_operations(device)[-1]
-    if DEVICES.get(name, device) != device:
+    if name in DEVICES and DEVICES[name].type != device:
         raise OperationError(f"the {name} operations do not run on {device}; use 'auto' or 'reference'")
     return name

@@ -127,7 +127,7 @@ class TrainSection(Config):
 class OpsSection(Config):
     """Operations by name; a group that names its own is taken from there."""
 
-    default: str = Field("auto", description="reference, cpu, cuda or ascend; auto takes the best for the device")
+    default: str = Field("auto", description="a set of operations; auto takes the best for the device")
     linear: str | None = None
     norm_rotary: str | None = None
     swiglu: str | None = None
