@@ -156,7 +156,9 @@ def host_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     if not isinstance(optimizer, HostMoments):
         return []
     values = (value for state in optimizer.state.values() for value in state.values())
-    return [_local(value) for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    # `to_local` would be an operation: whoever watches those would meet the tensor before it is told of it
+    parts = (value._local_tensor if isinstance(value, DTensor) else value for value in values)
+    return [part for part in parts if isinstance(part, Tensor) and part.dim() > 0]
 
 
 def moment_like(optimizer: torch.optim.Optimizer, parameter: Tensor, dtype: torch.dtype) -> Tensor:
