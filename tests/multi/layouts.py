@@ -75,6 +75,9 @@ def _tight(ranks: int, **options: Any) -> Case:
 # Six experts on two or four shards of the same: AdamW lets the rows of their matrices be cut instead.
 UNEVEN = ("optimizer.name=adamw", "model.changes.n_routed_experts=6")
 
+# Five on two shards, each copied once: Muon leaves them whole, three and two, and AdamW has rows cut.
+FIVE = ("model.changes.n_routed_experts=5",)
+
 CASES: dict[str, Case] = {
     "one": Case(1, slow=False),
     "one-512": Case(1, tokens=512),
@@ -124,6 +127,11 @@ CASES: dict[str, Case] = {
     "uneven": Case(1, UNEVEN, slow=False),
     "uneven-fsdp2-ep2": Case(4, (*UNEVEN, "parallel.expert=2"), slow=False),
     "uneven-fsdp4": Case(4, UNEVEN),
+    "uneven-muon": Case(1, FIVE),
+    "uneven-muon-hsdp2x2": Case(4, (*FIVE, "parallel.replicate=2")),
+    "uneven-adamw": Case(1, (*FIVE, "optimizer.name=adamw")),
+    "uneven-adamw-hsdp2x2": Case(4, (*FIVE, "optimizer.name=adamw", "parallel.replicate=2")),
+    "uneven-muon-pp2-fsdp2": Case(4, (*FIVE, "parallel.pipeline=2")),
     "uneven-fsdp4-ep2-cp2": Case(8, (*UNEVEN, "parallel.context=2", "parallel.expert=2")),
 }
 # Cases that differ in nothing that may change a bit.
