@@ -17,7 +17,7 @@ from fullweight.ops.cpu import CpuOperations
 from fullweight.ops.cuda import CudaOperations
 from fullweight.ops.groups import GROUPS, ComposedOperations
 from fullweight.ops.native import find_compiler
-from fullweight.ops.reference import ReferenceOperations
+from fullweight.ops.reference import ReferenceOperations, Workload
 
 OPERATIONS: dict[str, type[ReferenceOperations]] = {
     "reference": ReferenceOperations,
@@ -36,15 +36,21 @@ def available_operations(device: str = "cpu") -> list[str]:
 
 
 def resolve_operations(
-    name: str = "auto", device: str = "cpu", chosen: Mapping[str, str] | None = None
+    name: str = "auto",
+    device: str = "cpu",
+    chosen: Mapping[str, str] | None = None,
+    workload: Workload | None = None,
 ) -> ReferenceOperations:
     """The operations called `name`, or for "auto" the best ones for tensors on `device` (a device type).
 
-    `chosen` names another set for some groups. Raises OperationError when operations are absent on this machine,
-    not made for the device, or have nothing of their own for a group that names them.
+    `chosen` names another set for some groups. With "auto", groups whose `workload` the set does not take are the
+    reference's. Raises OperationError when operations are absent on this machine, not made for the device, or have
+    nothing of their own for a group that names them.
     """
     base = OPERATIONS[_known(name, device)]()
-    parts = {}
+    parts: dict[str, ReferenceOperations] = {}
+    if name == "auto" and workload is not None:
+        parts = {group: ReferenceOperations() for group in GROUPS if not base.takes(group, workload)}
     for group, other in (chosen or {}).items():
         if group not in GROUPS:
             raise OperationError(f"no group of operations named {group!r}; {nearest(group, list(GROUPS))}")

@@ -14,13 +14,16 @@ from fullweight.core.errors import OperationError
 from fullweight.ops.late import split
 from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
 from fullweight.ops.mixture import ExpertMixture, GroupedProducts
-from fullweight.ops.reference import ReferenceOperations
+from fullweight.ops.reference import ReferenceOperations, Workload
 
 
 class CudaOperations(ReferenceOperations):
     """Torch's fused operations for CUDA."""
 
     name = "cuda"
+
+    def takes(self, group: str, workload: Workload) -> bool:
+        return group != "experts" or workload.dtype == torch.bfloat16
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return CastLinear.apply(x, *split(x, weight))

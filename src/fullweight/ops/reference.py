@@ -42,6 +42,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class Workload:
+    """What decides whether a set can do a group's operations: compute type, and attention's heads of one rank."""
+
+    dtype: torch.dtype
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class Compressed:
     """The compressed side of an attention layer: entries, and which of them each token attends to.
 
@@ -100,6 +109,10 @@ class ReferenceOperations:
     def has_own(self, group: str) -> bool:
         """Whether this set does any of the group's operations itself."""
         return any(getattr(type(self), m) is not getattr(ReferenceOperations, m) for m in GROUPS[group])
+
+    def takes(self, group: str, workload: Workload) -> bool:
+        """Whether this set can do the group's operations; "auto" leaves those that it cannot to the reference."""
+        return True
 
     def part(self, group: str) -> ReferenceOperations:
         """The set that does the group's operations."""

@@ -28,6 +28,7 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.init import fill_part
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.ops import resolve_operations
+from fullweight.ops.reference import Workload
 from fullweight.parallel.fsdp import gathered
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.config import RunConfig
@@ -40,7 +41,9 @@ def empty_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) 
 
     What the recipe freezes takes no gradient.
     """
-    ops = resolve_operations(config.ops.default, device, config.ops.chosen)
+    heads = architecture.num_attention_heads // config.parallel.tensor
+    workload = Workload(config.train.compute_dtype, heads, architecture.head_dim)
+    ops = resolve_operations(config.ops.default, device, config.ops.chosen, workload)
     with torch.device("meta"):
         model = DeepSeekV4(
             architecture, config.train.compute_dtype, ops=ops, indexer_loss=config.train.indexer_loss

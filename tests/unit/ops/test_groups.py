@@ -14,7 +14,7 @@ from fullweight.core.errors import OperationError
 from fullweight.ops import OPERATIONS, implementations, resolve_operations
 from fullweight.ops.cuda import CudaOperations
 from fullweight.ops.late import WeightGradients, put_off
-from fullweight.ops.reference import GROUPS, ReferenceOperations
+from fullweight.ops.reference import GROUPS, ReferenceOperations, Workload
 from fullweight.train.config import OpsSection
 
 
@@ -35,7 +35,9 @@ def _marked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_operation_is_in_one_group() -> None:
     named = [method for methods in GROUPS.values() for method in methods]
     defined = {name for name, value in vars(ReferenceOperations).items() if inspect.isfunction(value)}
-    assert sorted(named) == sorted(name for name in defined if name[0] != "_" and name not in ("has_own", "part"))
+    assert sorted(named) == sorted(
+        name for name in defined if name[0] != "_" and name not in ("has_own", "part", "takes")
+    )
     assert set(OpsSection.model_fields) == {"default", *GROUPS}
 
 
@@ -66,6 +68,19 @@ def test_a_group_comes_from_the_set_that_it_names() -> None:
 def test_what_is_not_there_raises(name: str, device: str, chosen: dict[str, str], message: str) -> None:
     with pytest.raises(OperationError, match=message):
         resolve_operations(name, device, chosen)
+
+
+def test_auto_leaves_to_the_reference_what_the_set_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Marked, "takes", lambda self, group, workload: workload.head_dim == 512 or group != "swiglu"
+    )
+    monkeypatch.setattr("fullweight.ops.available_operations", lambda device: ["reference", "marked"])
+    small, large = (Workload(torch.bfloat16, 4, width) for width in (16, 512))
+    assert resolve_operations("auto", workload=large).name == "marked"
+    assert resolve_operations("auto", workload=small).name == "marked, swiglu=reference"
+    # what is named is not replaced: it raises when it is used
+    assert resolve_operations("marked", workload=small).name == "marked"
+    assert resolve_operations("auto", chosen={"swiglu": "marked"}, workload=small).name == "marked, swiglu=marked"
 
 
 def test_ascend_without_torch_npu_raises() -> None:

@@ -29,7 +29,14 @@ from fullweight.ops.ascend.loss import CrossEntropy
 from fullweight.ops.late import split
 from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
 from fullweight.ops.mixture import ExpertMixture
-from fullweight.ops.reference import AttentionOutput, Compressed, HyperOutput, ReferenceOperations, recomputed
+from fullweight.ops.reference import (
+    AttentionOutput,
+    Compressed,
+    HyperOutput,
+    ReferenceOperations,
+    Workload,
+    recomputed,
+)
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -57,6 +64,12 @@ class AscendOperations(ReferenceOperations):
 
     def has_own(self, group: str) -> bool:
         return super().has_own(group) and (group != "hyper_connection" or self.fused_hyper)
+
+    def takes(self, group: str, workload: Workload) -> bool:
+        if group == "attention":
+            fits = workload.head_dim == HEAD_DIM and workload.num_heads in HEADS
+            return fits and workload.dtype in NARROW
+        return group != "experts" or workload.dtype in NARROW
 
     # ---- projections and element-wise ---------------------------------------------------------------
 
