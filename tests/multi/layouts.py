@@ -96,6 +96,12 @@ CASES: dict[str, Case] = {
     "pp2-uneven": _case(2, pipeline=2, stage_layers=[1, 3]),
     "pp4": _case(4, pipeline=4),
     "pp2-fsdp2": _case(4, pipeline=2),
+    "pp2-fsdp2-reshard": _case(4, pipeline=2, reshard_after="micro_batch"),
+    "pp2-hsdp2-reshard-recompute": _case(
+        4, pipeline=2, replicate=2, reshard_after="micro_batch", recompute="full"
+    ),
+    "pp2-tp2-reshard": _case(4, pipeline=2, tensor=2, reshard_after="micro_batch"),
+    "pp2-fsdp2-cp2-ep2-reshard": _case(8, pipeline=2, context=2, expert=2, reshard_after="micro_batch"),
     "pp2-ep2": _case(4, pipeline=2, expert=2),
     "pp2-hsdp2": _case(4, pipeline=2, replicate=2),
     "pp2-zbv-ep2-recompute": _case(4, pipeline=2, schedule="zbv", virtual_stages=2, expert=2, recompute="full"),

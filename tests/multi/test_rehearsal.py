@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "fsdp4-bf16": (4, ("reduce_dtype='bf16'",)),
     "pp2": (2, ("pipeline=2",)),
     "pp2-interleaved": (2, ("pipeline=2", "schedule='interleaved'", "virtual_stages=2")),
+    "pp2-reshard": (4, ("pipeline=2", "reshard_after='micro_batch'")),
     "pp2-ep2": (4, ("pipeline=2", "expert=2")),
     "context2": (2, ("context=2",)),
     "tensor2": (2, ("tensor=2",)),

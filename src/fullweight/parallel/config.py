@@ -104,6 +104,9 @@ class ParallelConfig(Config):
     stage_layers: tuple[PositiveInt, ...] = Field(
         (), description="main layers of each stage, in order; by cost when empty"
     )
+    reshard_after: Literal["step", "micro_batch"] = Field(
+        "step", description="how long a pipeline's stage has its weights and gradients whole"
+    )
     replicate: PositiveInt = Field(1, description="copies of the sharded model (HSDP)")
     shard: NonNegativeInt = Field(0, description="ranks that share parameters (FSDP); 0: all that are left")
     context: PositiveInt = Field(1, description="ranks that divide a row's tokens")
@@ -154,7 +157,7 @@ class ParallelConfig(Config):
     def _check_stages(self, layout: Layout, architecture: DeepSeekV4Config, micro_batches: int) -> None:
         stages, layers = self.pipeline * self.virtual_stages, architecture.num_hidden_layers
         if self.pipeline == 1:
-            for name, alone in (("virtual_stages", 1), ("stage_layers", ())):
+            for name, alone in (("virtual_stages", 1), ("stage_layers", ()), ("reshard_after", "step")):
                 if getattr(self, name) != alone:
                     raise ConfigError(f"parallel.{name} needs parallel.pipeline above 1; remove it")
             return
@@ -164,6 +167,12 @@ class ParallelConfig(Config):
             raise ConfigError(
                 f"parallel.schedule={self.schedule!r} works with {wanted} virtual stages a rank, found "
                 f"parallel.virtual_stages={self.virtual_stages}; use {expected[0]}"
+            )
+        if self.reshard_after == "micro_batch" and self.schedule != "1f1b":
+            raise ConfigError(
+                f"parallel.reshard_after='micro_batch' reduces the gradients of all of a rank's layers after each "
+                f"backward pass, and parallel.schedule={self.schedule!r} has passes of a part of them; use "
+                "schedule='1f1b', or reshard_after='step'"
             )
         if stages > layers:
             most = max(layers // self.virtual_stages, 1)

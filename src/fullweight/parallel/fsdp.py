@@ -19,12 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+    TrainingState,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -119,14 +125,11 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     if not units:
         yield
         return
-    root = fully_shard.state(model)  # type: ignore[attr-defined]
-    root._lazy_init()
+    root, groups = _begin_passes(model, units)
     for unit in units:
-        unit.set_is_last_backward(False)
         unit.set_requires_gradient_sync(False, recurse=False)
         unit.set_reshard_after_backward(False, recurse=False)
         unit.set_reshard_after_forward(False, recurse=False)
-    groups = [group for state in root._state_ctx.all_states for group in state._fsdp_param_groups]
     for group in groups:
         for parameter in group.fsdp_params:
             parameter.reduce_dtype = None  # that of sums over micro-batches; the group has that of the exchange
@@ -140,6 +143,37 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     for group in groups:
         group.post_backward()
     root._root_post_backward_final_callback()
+
+
+@contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
+    """Within it forward and backward passes of several micro-batches may alternate, each as if it were alone.
+
+    Parameters are gathered for a pass and let go after it; each backward reduces its gradients over ranks, and the
+    shards add them up in fp32. As `accumulating` otherwise; every backward must be of the whole model.
+    """
+    units = list(_units(model))
+    if not units:
+        yield
+        return
+    root, groups = _begin_passes(model, units)
+    yield
+    for unit in units:
+        unit.set_is_last_backward(True)
+    for group in groups:
+        group._training_state = (
+            TrainingState.POST_BACKWARD
+        )  # its last backward has been; nothing is left to reduce
+    root._root_post_backward_final_callback()
+
+
+def _begin_passes(model: nn.Module, units: Iterable[FSDPModule]) -> tuple[Any, list[Any]]:
+    """FSDP's state of the root, and all its groups of parameters, told that more backward passes follow each."""
+    root: Any = fully_shard.state(model)  # type: ignore[attr-defined]
+    root._lazy_init()
+    for unit in units:
+        unit.set_is_last_backward(False)
+    return root, [group for state in root._state_ctx.all_states for group in state._fsdp_param_groups]
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:

@@ -4,7 +4,8 @@ The schedules of torch.distributed.pipelining say which stage runs which micro-b
 whom (`pipeline_stage.py`). Between stages pass the streams and, for the MTP block on the last one, the embedding;
 the gradient of each comes back where something in front of it trains. Every rank has the whole batch, so token ids
 reach hash layers, and masks and positions every layer, without being sent. A stage's own losses (indexer, balance)
-join the graph at its output. FSDP keeps a stage's parameters whole, and its gradients unreduced, for one step.
+join the graph at its output. FSDP keeps a stage's parameters whole, and its gradients unreduced, for one step, or
+for each pass of a micro-batch alone.
 
 Left out: overlap of the reduction with the last backward passes.
 Source: 1F1B (arXiv 2006.09503), interleaved (2104.04473), zero bubble and its V (2401.10241).
@@ -13,13 +14,13 @@ Source: 1F1B (arXiv 2006.09503), interleaved (2104.04473), zero bubble and its V
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
@@ -126,7 +127,8 @@ class PipelineEngine:
     """The engine (`engine.Engine`) of a rank that holds some stages of a model.
 
     `forward(model, batch)` is the method's; the last stage gives it its part in place of the model. Whole rows
-    have `num_tokens` tokens. `group` are the ranks of the pipeline, in order of their stages.
+    have `num_tokens` tokens. `group` are the ranks of the pipeline, in order of their stages. `passes` surrounds a
+    step's passes (`fsdp.accumulating` or `fsdp.resharding`).
     """
 
     def __init__(
@@ -137,8 +139,9 @@ class PipelineEngine:
         group: dist.ProcessGroup,
         device: torch.device,
         num_tokens: int,
+        passes: Callable[[nn.Module], AbstractContextManager[None]] = accumulating,
     ) -> None:
-        self.model, self.forward, self.division = model, forward, division
+        self.model, self.forward, self.division, self.passes = model, forward, division, passes
         self.group, self.device, self.num_tokens = group, device, num_tokens
         self._schedules: dict[int, PipelineScheduleSingle | PipelineScheduleMulti] = {}
         self._pass = self._new_pass([], _no_total)
@@ -150,7 +153,7 @@ class PipelineEngine:
         self._pass, count = self._new_pass(batches, weigh), len(batches)
         if count not in self._schedules:
             self._schedules[count] = self._schedule(count)
-        with accumulating(self.model):
+        with self.passes(self.model):
             # a stage finds its batch by the micro-batch's number; the target is only there to be counted
             self._schedules[count].step(target=torch.arange(count), return_outputs=False)
         mark("forward_backward")

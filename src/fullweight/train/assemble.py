@@ -28,6 +28,7 @@ from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import build_optimizers
 from fullweight.parallel.apply import parallelize
 from fullweight.parallel.engine import Engine, PlainEngine
+from fullweight.parallel.fsdp import accumulating, resharding
 from fullweight.parallel.mesh import Ranks
 from fullweight.parallel.pipeline import Division, PipelineEngine, divide
 from fullweight.train.config import RunConfig, check_vocabulary
@@ -169,7 +170,8 @@ def _engine(config: RunConfig, model: DeepSeekV4, ranks: Ranks, division: Divisi
         return PlainEngine(partial(config.method.forward, model))
     assert ranks.stages is not None
     tokens = config.data.row_tokens
-    return PipelineEngine(model, config.method.forward, division, ranks.stages, ranks.device, tokens)
+    passes = accumulating if config.parallel.reshard_after == "step" else resharding
+    return PipelineEngine(model, config.method.forward, division, ranks.stages, ranks.device, tokens, passes)
 
 
 def make_tokenizer(config: RunConfig) -> Tokenizer:

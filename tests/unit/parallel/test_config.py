@@ -56,6 +56,12 @@ def test_a_plain_run_is_data_parallel() -> None:
         (3, {"rows": 8}, r"rows_per_step \(8\) is not divisible by the number of ranks \(3\); use 6 or 9"),
         (6, {"context": 2}, r"by the number of data ranks, replicate x shard \(3\); use 6 or 9"),
         (1, {"virtual_stages": 2}, r"virtual_stages needs parallel.pipeline above 1"),
+        (2, {"reshard_after": "micro_batch"}, r"reshard_after needs parallel.pipeline above 1"),
+        (
+            2,
+            {"pipeline": 2, "schedule": "zbv", "virtual_stages": 2, "reshard_after": "micro_batch"},
+            r"'micro_batch' .* parallel.schedule='zbv' has passes of a part .*; use schedule='1f1b', or",
+        ),
         (2, {"pipeline": 2, "virtual_stages": 2}, r"'1f1b' works with exactly 1 virtual stages"),
         (2, {"pipeline": 2, "schedule": "interleaved"}, r"works with 2 or more .*; use 2"),
         (2, {"pipeline": 2, "schedule": "zbv", "virtual_stages": 3}, r"works with exactly 2"),
