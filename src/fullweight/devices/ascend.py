@@ -82,8 +82,8 @@ class Ascend(Device):
         _refuse_fallback()
         if local_rank >= self.count():
             raise ConfigError(
-                f"LOCAL_RANK is {local_rank} and this process sees {self.count()} NPU(s); start as many ranks as "
-                "there are dies (--nproc-per-node), or make more visible (ASCEND_RT_VISIBLE_DEVICES)"
+                f"LOCAL_RANK is {local_rank} and this process sees {self.count()} NPU(s); start as many ranks "
+                "on a machine as it has dies, or make more visible (ASCEND_RT_VISIBLE_DEVICES)"
             )
         self._npu.set_device(local_rank)
         return torch.device("npu", local_rank)

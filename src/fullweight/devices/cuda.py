@@ -41,7 +41,7 @@ class Cuda(Device):
         if local_rank >= self.count():
             raise ConfigError(
                 f"LOCAL_RANK is {local_rank} and this process sees {self.count()} CUDA device(s); start as many "
-                "ranks as there are devices (--nproc-per-node), or make more visible (CUDA_VISIBLE_DEVICES)"
+                "ranks on a machine as it has devices, or make more visible (CUDA_VISIBLE_DEVICES)"
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
