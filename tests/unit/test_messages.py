@@ -26,17 +26,20 @@ SUFFIXES = (".json", ".toml", ".py")
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of every string that holds a space (so, not of names), docstrings left out."""
+    """(line, text) of every string that holds a space, docstrings left out."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if id(node) in alone:
             continue
         if isinstance(node, ast.JoinedStr):
-            parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
-            yield node.lineno, "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            yield node.lineno, node.value
+            text = "".join(str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        else:
+            continue
+        if " " in text:  # others are names and arguments
+            yield node.lineno, text
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
