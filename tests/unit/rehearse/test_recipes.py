@@ -12,25 +12,38 @@ from fullweight.parallel.config import Layout
 from fullweight.rehearse.run import roles_of
 from fullweight.train.config import RunConfig
 
-RECIPES = {
-    "v4_pro_sft_910c_512": 512,
-    "v4_pro_sft_910c_1024": 1024,
-    "v4_pro_sft_910c_2048": 2048,
-    "v4_flash_sft_910c_128": 128,
-}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("v4_*.toml"))
+CHIPS = {"910c": "", "h100": " --chip h100", "h200": " --chip h200"}
 
 
-@pytest.mark.parametrize(("name", "ranks"), RECIPES.items())
-def test_a_recipe_for_accelerators_resolves(name: str, ranks: int) -> None:
-    """Its name says the ranks, and one command in its text rehearses it."""
-    path = ROOT / "recipes" / f"{name}.toml"
-    layout = RunConfig.from_toml(path).layout(ranks)
-    assert layout.world == ranks
-    assert f"fullweight rehearse recipes/{name}.toml --ranks {ranks}" in path.read_text()
+def resolved(name: str) -> RunConfig:
+    return RunConfig.from_toml(ROOT / "recipes" / f"{name}.toml")
 
 
-def test_all_of_them_are_here() -> None:
-    assert {p.stem for p in (ROOT / "recipes").glob("v4_*.toml")} == RECIPES.keys()
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_for_accelerators_resolves(name: str) -> None:
+    """Its name ends with chip and ranks, the layout takes so many, and one command in its text rehearses it."""
+    *_, chip, ranks = name.split("_")
+    text = (ROOT / "recipes" / f"{name}.toml").read_text()
+    assert resolved(name).layout(int(ranks)).world == int(ranks)
+    assert f"fullweight rehearse recipes/{name}.toml --ranks {ranks}{CHIPS[chip]}" in text
+
+
+def test_the_jobs_that_are_promised_are_here() -> None:
+    """Flash on 64 chips; Pro continued and tuned on 256 and 512 chips and on 1,024, for each chip."""
+    pro = {(job, size) for job in ("cpt", "sft") for size in (256, 512, 1024)}
+    promised = {f"v4_pro_{job}_{chip}_{size}" for job, size in pro for chip in ("h100", "h200")}
+    promised |= {f"v4_pro_{job}_910c_{2 * size}" for job, size in pro}
+    promised |= {"v4_flash_sft_910c_128", "v4_flash_sft_h100_64", "v4_flash_sft_h200_64"}
+    assert promised <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "_cpt_" in name])
+def test_continued_training_takes_the_memory_of_tuning(name: str) -> None:
+    """Same model, rows, layout and optimiser as the twin that was rehearsed: shapes are equal, so memory is."""
+    cpt, sft = resolved(name), resolved(name.replace("_cpt_", "_sft_"))
+    assert (cpt.model, cpt.parallel, cpt.optimizer.name) == (sft.model, sft.parallel, sft.optimizer.name)
+    assert (cpt.data.row_tokens, cpt.train.rows_per_step) == (sft.data.row_tokens, sft.train.rows_per_step)
 
 
 def test_roles_cover_every_rank() -> None:
