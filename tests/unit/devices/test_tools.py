@@ -215,6 +215,17 @@ def test_operations_must_not_run_on_the_cpu_unseen(monkeypatch: pytest.MonkeyPat
         Ascend().device(2)
 
 
+def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More ranks on a machine than it has devices, or than are visible."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert Cuda().device(1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK is 2 and this process sees 2 CUDA device"):
+        Cuda().device(2)
+    assert chosen == [1]
+
+
 def test_deterministic_mode_reaches_hccl(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its variable is set while the mode is on, a stricter one is left, and its opposite is refused."""
     monkeypatch.delenv("HCCL_DETERMINISTIC", raising=False)
