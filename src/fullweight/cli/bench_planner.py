@@ -1,0 +1,121 @@
+"""`fullweight bench planner`: the cost model against training runs that others published."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fullweight.planner.fit import Judgement
+    from fullweight.planner.published import Rejected
+
+
+def bench_planner_command(
+    *,
+    data: Annotated[
+        Path | None, typer.Option(help="folder of the three tables; those of the package if absent")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="write the fitted coefficients here (TOML)")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every case here")] = None,
+) -> None:
+    """Fit the planner's coefficients on published runs and show its error, seen and unseen, beside a null
+    model."""
+    from rich.console import Console
+
+    from fullweight.planner.coefficients import Calibration
+    from fullweight.planner.cost import Coefficients
+    from fullweight.planner.fit import fit, interval, judge, orders
+    from fullweight.planner.published import load
+
+    cases, rejected = load(data)
+    coefficients = fit(cases)
+    judgements = judge(cases, coefficients)
+    console = Console(width=max(Console().width, 140))
+    _print_rejected(console, rejected)
+    _print_cases(console, judgements)
+    _print_groups(console, judgements)
+    found = orders(judgements)
+    for order in found:
+        console.print(
+            f"{order.name}: {order.num_layouts} layouts, first choice {order.first_over_best - 1:.1%} above the "
+            f"best measured, rank correlation {order.rank_correlation:.2f}",
+            highlight=False,
+        )
+    _print_totals(console, judgements, len(Coefficients.names()), len(rejected))
+    console.print(", ".join(f"{name} {value:g}" for name, value in asdict(coefficients).items()), highlight=False)
+    spreads = {kind: interval([j.unseen for j in judgements if j.case.kind == kind]) for kind in ("dense", "moe")}
+    if write is not None:
+        Calibration(coefficients, spreads["dense"], spreads["moe"], len(cases)).write(write)
+    if json_file is not None:
+        record = {
+            "coefficients": asdict(coefficients),
+            "cases": [
+                {"name": j.case.name, "group": j.case.group, "kind": j.case.kind, "seconds": j.case.seconds}
+                | {"fitted": j.fitted, "unseen": j.unseen, "null": j.null, "null_unseen": j.null_unseen}
+                for j in judgements
+            ],
+            "rejected": [asdict(r) for r in rejected],
+            "orders": [asdict(o) for o in found],
+        }
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _print_rejected(console: Console, rejected: list[Rejected]) -> None:
+    for row in rejected:
+        console.print(f"rejected {row.name}: {row.reason}", highlight=False, markup=False)
+
+
+def _print_cases(console: Console, judgements: list[Judgement]) -> None:
+    from rich.table import Table
+
+    table = Table(title="predicted over measured step time, minus 1", title_justify="left", box=None)
+    for name in ("case", "seconds", "MFU", "fitted", "unseen", "null"):
+        table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+    for j in judgements:
+        table.add_row(
+            j.case.name,
+            f"{j.case.seconds:.2f}",
+            f"{j.case.mfu:.1%}",
+            *(f"{x:+.1%}" for x in (j.fitted, j.unseen, j.null)),
+        )
+    console.print(table)
+
+
+def _print_groups(console: Console, judgements: list[Judgement]) -> None:
+    from rich.table import Table
+
+    from fullweight.planner.fit import mean_error
+
+    table = Table(title="mean absolute error by what is left out together", title_justify="left", box=None)
+    for name in ("group", "runs", "fitted", "unseen", "null"):
+        table.add_column(name, justify="left" if name == "group" else "right", no_wrap=True)
+    for group in sorted({j.case.group for j in judgements}):
+        chosen = [j for j in judgements if j.case.group == group]
+        errors = (mean_error([getattr(j, name) for j in chosen]) for name in ("fitted", "unseen", "null"))
+        table.add_row(group, str(len(chosen)), *(f"{x:.1%}" for x in errors))
+    console.print(table)
+
+
+def _print_totals(console: Console, judgements: list[Judgement], num_coefficients: int, num_rejected: int) -> None:
+    from fullweight.planner.fit import mean_error
+
+    for kind, wanted in (("all", ("dense", "moe")), ("dense", ("dense",)), ("moe", ("moe",))):
+        chosen = [j for j in judgements if j.case.kind in wanted]
+        errors = [
+            mean_error([getattr(j, name) for j in chosen]) for name in ("fitted", "unseen", "null", "null_unseen")
+        ]
+        console.print(
+            f"{kind}: {len(chosen)} runs, mean error {errors[0]:.1%} (unseen {errors[1]:.1%}); null model "
+            f"{errors[2]:.1%} (unseen {errors[3]:.1%})",
+            highlight=False,
+        )
+    console.print(
+        f"{num_coefficients} coefficients, all global; {len(judgements)} runs; {num_rejected} rows rejected",
+        highlight=False,
+    )

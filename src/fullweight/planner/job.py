@@ -1,0 +1,61 @@
+"""One training job as the cost model sees it: a model's work, a chip, a layout and a batch. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fullweight.planner.chips import Chip
+from fullweight.planner.shapes import Work
+
+Recompute = Literal["none", "selective", "full"]
+Precision = Literal["bf16", "fp8", "fp4"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a step is made of.
+
+    `shard_parameters`: parameters are gathered and gradients reduced over data ranks (FSDP); else both once a
+    step.
+
+    Ranks count tensor fastest, then context, data, pipeline; experts lie on consecutive ranks of a stage.
+    """
+
+    work: Work
+    chip: Chip
+    ranks: int
+    sequence: int
+    global_batch: int  # rows of a step
+    micro_batch: int = 1
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    replicate: int = 1
+    shard_parameters: bool = False
+    offload: bool = False
+    recompute: Recompute = "none"
+    precision: Precision = "bf16"
+    overlapped_bubble: bool = False  # DualPipe and zero-bubble schedules: half of the bubble is filled
+    stage_costs: tuple[float, ...] | None = None  # forward FLOPs of a token by stage; even when absent
+    expert_skew: float = 1.0  # load of the fullest expert rank over the mean
+    graphed: int = 0  # 0: every kernel is launched; 1: parts of a layer are captured; 2: the whole step
+    unfused_attention: bool = False  # scores are written to memory, as before FlashAttention
+
+    @property
+    def data(self) -> int:
+        """Groups of ranks with rows of their own."""
+        return self.ranks // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def micro_batches(self) -> float:
+        """Of a step, on each data rank."""
+        return self.global_batch / (self.data * self.micro_batch)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.global_batch * self.sequence
