@@ -57,6 +57,7 @@ ONE_DIE = """\
 | 0                         | 0000:C2:00.0  | 0           0    / 0          3162 / 65536         |
 +===========================+===============+====================================================+
 """
+# The shapes of the two tools' matrices of links: four dies of an A3 node, three GPUs with a network card.
 DIES = """\
            Phy-ID0    Phy-ID1    Phy-ID2    Phy-ID3    CPU Affinity
 Phy-ID0    X          SIO        HCCS_SW    HCCS_SW    0-79
