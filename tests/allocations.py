@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fullweight.checkpoint.store import local_tensor
+from fullweight.core.tensors import local_part
 
 
 class Allocations(TorchDispatchMode):
@@ -24,7 +24,7 @@ class Allocations(TorchDispatchMode):
         self._known: set[int] = set()
         self.live = self.peak = 0
         for tensor in there:
-            self._meet(local_tensor(tensor).untyped_storage())
+            self._meet(local_part(tensor).untyped_storage())
         self.live = self.peak = 0
 
     def __torch_dispatch__(
@@ -33,7 +33,7 @@ class Allocations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self._meet(local_tensor(leaf).untyped_storage())  # a DTensor's own claims the bytes of the whole
+                self._meet(local_part(leaf).untyped_storage())  # a DTensor's own claims the bytes of the whole
         return result
 
     def _meet(self, storage: torch.UntypedStorage) -> None:

@@ -12,8 +12,8 @@ import pytest
 from tests.multi.layouts import Case, recipe, take_step
 from tests.processes import fullweight
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from fullweight.core.tensors import local_part
 from fullweight.models.deepseek_v4.sharding import cut_of
 from fullweight.parallel.mesh import joined
 from fullweight.train.assemble import assemble
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def place(parameter: nn.Parameter) -> int:
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).data_ptr()
+    return local_part(parameter).data_ptr()
 
 
 def write_places(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fullweight.checkpoint import store
 from fullweight.checkpoint.generations import choose
+from fullweight.core.tensors import local_part
 from fullweight.optim import buckets
 from fullweight.optim.offload import HostMoments, host_tensors
 from fullweight.parallel.mesh import Ranks, joined
@@ -45,7 +46,7 @@ def stepped(run: Run, steps: range) -> Run:
 
 def local_state(run: Run) -> dict[str, Tensor]:
     """This rank's part of all that a checkpoint holds."""
-    return {name: store.local_tensor(tensor).detach().clone() for name, tensor in run.state.tensors().items()}
+    return {name: local_part(tensor).detach().clone() for name, tensor in run.state.tensors().items()}
 
 
 def compare_on_ranks(arguments: list[str]) -> int:

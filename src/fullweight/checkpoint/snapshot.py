@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fullweight.checkpoint.store import State, local_tensor
+from fullweight.checkpoint.store import State
+from fullweight.core.tensors import local_part
 from fullweight.devices import of, separate
 
 _CGROUPS = (
@@ -94,4 +95,4 @@ def available_memory_bytes() -> int:
 
 
 def _locals(state: State) -> dict[str, Tensor]:
-    return {name: local_tensor(tensor.detach()) for name, tensor in state.items()}
+    return {name: local_part(tensor.detach()) for name, tensor in state.items()}

@@ -37,6 +37,7 @@ from fullweight.checkpoint.peers import Peers
 from fullweight.core import durable
 from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError
+from fullweight.core.tensors import local_part
 
 State = Mapping[str, Tensor]
 """Tensors by name: DTensors for what is sharded, plain ones, equal wherever they are held, for what is not."""
@@ -142,12 +143,7 @@ def contents(generation: Generation) -> dict[str, Stored]:
 
 def local_bytes(state: State) -> int:
     """Bytes of this rank's part of `state`."""
-    return sum(local.numel() * local.element_size() for local in map(local_tensor, state.values()))
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's shard, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum(local.numel() * local.element_size() for local in map(local_part, state.values()))
 
 
 def _begin(folder: Path, step: int) -> str:

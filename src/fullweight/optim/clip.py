@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fullweight.core.tensors import local_part
+
 
 def clip_grad_norm(
     parameters: Iterable[Tensor],
@@ -34,11 +36,11 @@ def clip_grad_norm(
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
     # a rank of `across` may have no gradient, and still says so in the type and place of the others
-    none = _local(parameters[0]).new_zeros((), dtype=_wide(parameters[0])) if parameters else torch.zeros(())
+    none = local_part(parameters[0]).new_zeros((), dtype=_wide(parameters[0])) if parameters else torch.zeros(())
     norm = global_norm(gradients, norms, across, none)
     value = norm.item()
     if gradients and math.isfinite(value) and value > max_norm:
-        torch._foreach_mul_([_local(g) for g in gradients], max_norm / value)
+        torch._foreach_mul_([local_part(g) for g in gradients], max_norm / value)
     return norm
 
 
@@ -46,7 +48,7 @@ def clip_grad_norm(
 def local_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     """2-norm of this rank's part of each tensor, scalars."""
     # Row by row first: one fp32 accumulator over millions of entries loses four digits on a CPU.
-    rows = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)) for x in map(_local, tensors))
+    rows = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)) for x in map(local_part, tensors))
     return [torch.linalg.vector_norm(each) for each in rows]
 
 
@@ -71,10 +73,6 @@ def global_norm(
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:

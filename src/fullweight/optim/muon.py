@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fullweight.core.config import Config
+from fullweight.core.tensors import local_part
 from fullweight.optim.buckets import buckets
 from fullweight.optim.pieces import Piece, Pieces, pieces_of
 
@@ -178,7 +178,7 @@ class Muon(torch.optim.Optimizer):
         layout = self._layouts[parameter]
         here = layout.pieces[layout.rank]
         weight, gradient, momentum = (
-            _local(x).view(here.shape) for x in (parameter, parameter.grad.contiguous(), state["momentum"])
+            local_part(x).view(here.shape) for x in (parameter, parameter.grad.contiguous(), state["momentum"])
         )
         momentum.mul_(mu).add_(gradient)
         weight.mul_(1.0 - lr * group["weight_decay"])
@@ -242,10 +242,6 @@ class Muon(torch.optim.Optimizer):
         counts = [m.work.weight.numel() for m in matrices]
         for m, result in zip(matrices, returned.split(counts), strict=True):
             m.work.apply(result.view_as(m.work.weight))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _by_shape(works: list[_Work]) -> Iterator[list[_Work]]:

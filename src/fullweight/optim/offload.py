@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fullweight.core.tensors import local_part
 from fullweight.devices import separate
 from fullweight.optim.buckets import buckets
 from fullweight.optim.muon import Muon
@@ -112,7 +113,9 @@ class HostMoments(torch.optim.Optimizer):
     def _bring(self, bucket: list[Tensor], copies: Copies) -> dict[tuple[Tensor, str], Tensor]:
         """Moments of the bucket that are on the host go to the device; returns where each came from."""
         homes = {(p, key): m for p in bucket for key, m in self._moments(p).items() if not _on_device(m, p)}
-        for (place, home), moved in zip(homes.items(), copies.bring([*map(_local, homes.values())]), strict=True):
+        for (place, home), moved in zip(
+            homes.items(), copies.bring([*map(local_part, homes.values())]), strict=True
+        ):
             parameter, key = place
             self.state[parameter][key] = _like(home, moved)
         return homes
@@ -122,7 +125,7 @@ class HostMoments(torch.optim.Optimizer):
         here = {(p, key): moment for p in bucket for key, moment in self._moments(p).items()}
         targets = {place: homes[place] if place in homes else host_like(m) for place, m in here.items()}
         fresh = here.keys() != homes.keys()
-        copies.leave([*map(_local, here.values())], [*map(_local, targets.values())], fresh)
+        copies.leave([*map(local_part, here.values())], [*map(local_part, targets.values())], fresh)
         for (parameter, key), target in targets.items():
             self.state[parameter][key] = target
 
@@ -170,7 +173,7 @@ def moment_like(optimizer: torch.optim.Optimizer, parameter: Tensor, dtype: torc
 
 def host_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Empty host memory, pinned beside an accelerator, of a tensor's shape; sharded like it."""
-    local = _local(tensor).detach()
+    local = local_part(tensor).detach()
     empty = torch.empty_like(local, dtype=dtype, device="cpu", pin_memory=separate(local.device))
     return _like(tensor, empty)
 
@@ -181,12 +184,8 @@ def _copies(device: torch.device) -> Copies:
 
 def _on_device(moment: Tensor, parameter: Tensor) -> bool:
     """Whether a moment is where its parameter is, as after `load_state_dict`; never where that is the host."""
-    device = _local(parameter).device
-    return separate(device) and _local(moment).device == device
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    device = local_part(parameter).device
+    return separate(device) and local_part(moment).device == device
 
 
 def _like(tensor: Tensor, local: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from fullweight.core.tensors import local_part
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.models.deepseek_v4.moe import Experts
 from fullweight.models.deepseek_v4.sharding import Cut, cut_of
@@ -74,7 +75,7 @@ def _uneven_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     """Stacks that the shards of `mesh` cannot share matrix by matrix and can share row by row."""
     shards = mesh.size(mesh.ndim - 1)
     stacks = (p for m in model.modules() if isinstance(m, Experts) for p in m.parameters(recurse=False))
-    here = ((p, p.to_local().shape if isinstance(p, DTensor) else p.shape) for p in stacks)
+    here = ((p, local_part(p).shape) for p in stacks)
     return [p for p, (count, rows, _) in here if count % shards and rows % shards == 0]
 
 

@@ -1,4 +1,5 @@
-"""Exchanges of rows between ranks that autograd sees through: gather, summing scatter, and rows from a neighbour.
+"""Exchanges of rows between ranks that autograd sees through: gather, summing scatter, rows from a neighbour, and
+any number of rows from each rank to each.
 
 Each is the other's backward: rows gathered from all ranks get back the sum of all ranks' gradients, a sum that was
 scattered sends its gradient to all. Sums travel as they are and are added in fp32, in rank order, on the rank that
@@ -32,6 +33,11 @@ def scatter_sum(rows: Tensor, group: ProcessGroup) -> Tensor:
 def rows_before(rows: Tensor, count: int, group: ProcessGroup) -> Tensor:
     """The last `count` rows of the previous rank's `rows` [s, w] (count <= s); zeros on the first rank."""
     return _RowsBefore.apply(rows, count, group)
+
+
+def exchange_rows(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+    """`rows` [R, ...], `sent` of them to each rank in order, for `received` rows from each: [R', ...]."""
+    return _Exchange.apply(rows, sent, received, group)
 
 
 @torch.no_grad()
@@ -75,6 +81,18 @@ class _ScatterSum(torch.autograd.Function):
         return _gathered(grad, ctx.group), None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(rows, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
 class _RowsBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, count: int, group: ProcessGroup) -> Tensor:
@@ -103,6 +121,12 @@ def _summed(rows: Tensor, group: ProcessGroup) -> Tensor:
     parts = parts.unflatten(0, (dist.get_world_size(group), -1))
     wide = torch.promote_types(rows.dtype, torch.float32)
     return parts.sum(0, dtype=wide).to(rows.dtype)
+
+
+def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
 
 
 def _passed_on(rows: Tensor, step: int, group: ProcessGroup) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from fullweight.core.slicing import WHOLE, Slice
+from fullweight.core.tensors import local_part
 from fullweight.models.deepseek_v4.tokens import TokenAxis
 from fullweight.parallel.collectives import gather_rows, heads_to_rows, rows_before, scatter_sum, sum_over
 
@@ -77,7 +77,7 @@ class SlicedTokens(TokenAxis):
         return values if self.tensor is None else values.chunk(self.num_tensor)[dist.get_rank(self.tensor)]
 
     def own(self, weight: Tensor) -> Tensor:
-        return weight.to_local() if isinstance(weight, DTensor) else weight
+        return local_part(weight)
 
     def whole(self, rows: Tensor) -> Tensor:
         return gather_rows(rows.detach(), self.slices)

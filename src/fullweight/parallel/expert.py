@@ -21,7 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from fullweight.core.tensors import local_part
+from fullweight.parallel.collectives import exchange_rows
 
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(rows [R, d], local expert of each [R, 1], weights [R, 1], gate_up, down of the local experts) -> [R, d]."""
@@ -55,12 +57,12 @@ class ExpertExchange:
 
         The number of all experts in `chosen` is no expert.
         """
-        local_gate_up, local_down = _local(gate_up), _local(down)
+        local_gate_up, local_down = local_part(gate_up), local_part(down)
         plan = self.plan(chosen, local_gate_up.shape[0])
-        rows = _Exchange.apply(_Spread.apply(x, plan), plan.sent, plan.received, self.group)
-        scale = _Exchange.apply(_Sort.apply(weights.reshape(-1, 1), plan), plan.sent, plan.received, self.group)
+        rows = exchange_rows(_Spread.apply(x, plan), plan.sent, plan.received, self.group)
+        scale = exchange_rows(_Sort.apply(weights.reshape(-1, 1), plan), plan.sent, plan.received, self.group)
         result = compute(rows, plan.experts, scale, local_gate_up, local_down)
-        back = _Exchange.apply(result, plan.received, plan.sent, self.group)
+        back = exchange_rows(result, plan.received, plan.sent, self.group)
         return _Combine.apply(back, plan)
 
     def plan(self, chosen: Tensor, num_local: int) -> Plan:
@@ -86,19 +88,6 @@ class ExpertExchange:
         At most `num_tokens` x `top_k` choices are sent. Tensors without values answer by what a routing gives.
         """
         return to_each.sum(1).tolist(), from_each.sum(1).tolist()
-
-
-class _Exchange(torch.autograd.Function):
-    """all-to-all of rows; its gradient is the exchange the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchanged(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -151,13 +140,3 @@ def _in_order(rows: Tensor, plan: Plan) -> Tensor:
     if len(plan.order) == len(plan.place):
         return rows.index_select(0, plan.place)
     return rows.new_zeros(len(plan.place), *rows.shape[1:]).index_copy_(0, plan.order, rows)
-
-
-def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    result = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
-    return result
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,27 +1,22 @@
 """A rehearsal for people: tables on the terminal, and one page with a memory curve and the exchanges of each role.
 
-The page is one file that needs no network; its pictures are inside it.
+The page is one file (`report/page.py`).
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from pathlib import Path
 
-import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 from rich.table import Table
 
 from fullweight.rehearse.memory import CATEGORIES
 from fullweight.rehearse.result import Rehearsal, RoleResult
+from fullweight.report import page
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATE = Path(__file__).parent / "templates" / "rehearsal.html"
 _GIB = 2**30
 _COLOURS = ("#31456b", "#5b7db1", "#7aa6a1", "#9a7fb0", "#d98b4a", "#c9b458", "#b0b4ba")
 
@@ -66,11 +61,10 @@ def exchange_table(rehearsal: Rehearsal) -> Table:
 
 
 def write_page(rehearsal: Rehearsal, path: Path) -> None:
-    """Write the HTML page beside its final name, then give it that."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("rehearsal.html").render(
+    """Write the HTML page."""
+    page.write_page(
+        path,
+        _TEMPLATE,
         rehearsal=rehearsal,
         categories=[str(c) for c in CATEGORIES],
         gib=_GIB,
@@ -78,9 +72,6 @@ def write_page(rehearsal: Rehearsal, path: Path) -> None:
         matrix=_matrix(rehearsal),
         flops={role.role: sum(role.flops_by_operation.values()) for role in rehearsal.roles},
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _curve(role: RoleResult, usable: int) -> str:
@@ -92,7 +83,7 @@ def _curve(role: RoleResult, usable: int) -> str:
     axis.legend(frameon=False, fontsize=7, ncols=4, loc="upper left")
     axis.set_ylim(0, max(usable, role.peak_bytes) / _GIB * 1.3)
     axis.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return page.inside(page.png(figure))
 
 
 def _matrix(rehearsal: Rehearsal) -> str:
@@ -109,12 +100,4 @@ def _matrix(rehearsal: Rehearsal) -> str:
         plot.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="#1c1f24")
     figure.colorbar(image, label="GiB given in a step")
     plot.set_title("communication: role by mesh axis")
-    return _png(figure)
-
-
-def _png(figure: pyplot.Figure) -> str:
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return page.inside(page.png(figure))

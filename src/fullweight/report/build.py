@@ -8,24 +8,19 @@ Left out: interactive charts; the page has to open anywhere, also in ten years.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fullweight.core.errors import CheckpointError
+from fullweight.report.page import inside, png, write_page
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATE = Path(__file__).parent / "templates" / "summary.html"
 _SAMPLES_SHOWN = 8
 _CUT = {
     "truncated": "truncated",
@@ -49,26 +44,21 @@ def build_report(root: Path) -> Path:
     pictures = {"loss": loss_figure(steps, evaluations), "throughput": throughput_figure(steps)}
     encoded = {}
     for name, figure in pictures.items():
-        data = _png(figure)
+        data = png(figure)
         (plots / f"{name}.png").write_bytes(data)
-        encoded[name] = base64.b64encode(data).decode()
-    page = (
-        _environment()
-        .get_template("summary.html")
-        .render(
-            name=root.name,
-            pictures=encoded,
-            facts=facts(steps, evaluations) + data_facts(lines),
-            evaluations=evaluations,
-            comparisons=_comparisons(root),
-            config=json.dumps(_json(root / "config.json"), indent=2),
-            environment=json.dumps(_json(root / "environment.json"), indent=2),
-        )
-    )
+        encoded[name] = inside(data)
     path = root / "summary.html"
-    temporary = root / ".summary.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_page(
+        path,
+        _TEMPLATE,
+        name=root.name,
+        pictures=encoded,
+        facts=facts(steps, evaluations) + data_facts(lines),
+        evaluations=evaluations,
+        comparisons=_comparisons(root),
+        config=json.dumps(_json(root / "config.json"), indent=2),
+        environment=json.dumps(_json(root / "environment.json"), indent=2),
+    )
     return path
 
 
@@ -140,7 +130,6 @@ def loss_figure(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) 
     if scored:
         _line(axes[0][1], scored, [100 * e["score"] for e in scored], marker="o")
         axes[0][1].set(xlabel="step", ylabel="exact answers, %", title="held-out score", ylim=(-2, 102))
-    figure.tight_layout()
     return figure
 
 
@@ -155,7 +144,6 @@ def throughput_figure(steps: list[dict[str, Any]]) -> Figure:
     ):
         _line(axis, steps, [s[key] for s in steps])
         axis.set(xlabel="step", title=title)
-    figure.tight_layout()
     return figure
 
 
@@ -165,19 +153,6 @@ def _line(axis: Axes, lines: list[dict[str, Any]], values: list[Any], label: str
     axis.plot([line["step"] for line in lines], numbers, label=label, linewidth=1.2, **style)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
 
 
 def _ledger(root: Path) -> list[dict[str, Any]]:

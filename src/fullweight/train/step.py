@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fullweight.core import phase
 from fullweight.core.collector import collector_paused
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
+from fullweight.core.tensors import local_part
 from fullweight.core.types import Batch
 from fullweight.devices import of
 from fullweight.methods import Method
@@ -204,13 +204,9 @@ def _without_gradient(model: nn.Module, norms: Sequence[Tensor], ranks: Ranks) -
     flags = (torch.stack(list(norms)) != 0).float().cpu() if norms else torch.zeros(0)  # NaN counts as reached
     for (i, gradient), flag in zip(present, flags.tolist(), strict=True):
         # squares of gradients below 1e-23 vanish, and so may a norm
-        reached[i] = flag or float(_local(gradient).any())
+        reached[i] = flag or float(local_part(gradient).any())
     reached = ranks.reduce(reached, "max")
     return tuple(name for name, flag in zip(names, reached.tolist(), strict=True) if not flag)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _unseen_embeddings(model: nn.Module, batches: Iterable[Batch], ranks: Ranks) -> int:
