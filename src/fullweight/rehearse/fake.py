@@ -19,7 +19,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.pipelining import schedules
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fullweight.parallel.config import Layout
 from fullweight.parallel.mesh import Ranks
@@ -63,16 +62,9 @@ def without_data(value: T, mode: FakeTensorMode) -> T:
     return made
 
 
-class _Ones(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0 if args[0].dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def reading_ones() -> Iterator[None]:
-    """Inside it a value read from a tensor without data is 1."""
+    """Inside it a list read from a tensor without data is of ones, as single values are (`sizes_only.py`)."""
     original = torch.Tensor.tolist
 
     def tolist(tensor: Tensor) -> Any:
@@ -85,7 +77,6 @@ def reading_ones() -> Iterator[None]:
 
     torch.Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
     try:
-        with _Ones():
-            yield
+        yield
     finally:
         torch.Tensor.tolist = original  # type: ignore[method-assign]

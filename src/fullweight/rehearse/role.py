@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from fullweight.core.types import Batch, CompressionTable, PackedLayout
@@ -24,6 +23,7 @@ from fullweight.rehearse.fake import fake_ranks, reading_ones, without_data
 from fullweight.rehearse.memory import CATEGORIES, Category
 from fullweight.rehearse.result import Curve, ExchangeCount, RoleResult
 from fullweight.rehearse.routing import Routing
+from fullweight.rehearse.sizes_only import SizesOnly
 from fullweight.rehearse.step import traced_step
 from fullweight.rehearse.tracer import Tracer
 from fullweight.train.assemble import parts_of, plan_model
@@ -76,7 +76,7 @@ def trace(assignment: Assignment, answers: Answers | None = None) -> RoleResult:
         tracer = Tracer({group: axis for group, (axis, _) in names.items()})
         plan = plan_model(config, ranks, architecture)
         with (
-            FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            SizesOnly() as mode,
             reading_ones(),
             replaced(answers.sizes),
         ):

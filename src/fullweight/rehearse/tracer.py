@@ -1,7 +1,8 @@
 """Watches a process's torch operations: memory, collectives and FLOPs, for real and for fake tensors alike.
 
 A dispatch mode sees every operation below autograd. New storages are noted at birth and, by weak reference, at
-death; FSDP resizes storages behind the dispatcher's back, so `UntypedStorage.resize_` is watched too. Collectives
+death; FSDP resizes storages behind the dispatcher's back, so `UntypedStorage.resize_` is watched too. What DTensor
+runs on shapes of whole tensors, to learn those of its results, takes no memory and is not watched. Collectives
 are written down with group, kind, bytes and the module that was running. FLOPs are torch's own formulas for matrix
 products. A module is known from forward hooks; in backward from the autograd nodes of its outputs.
 
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
@@ -167,6 +169,10 @@ class Tracer(TorchDispatchMode):
 
     # ---- watching -----------------------------------------------------------------------------------
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled; the wrapper that sees to that takes as long as a fake operation
+
     def __enter__(self) -> Tracer:
         original = torch.UntypedStorage.resize_
         self._original_resize = original
@@ -177,12 +183,21 @@ class Tracer(TorchDispatchMode):
             self._resized(storage)
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        propagate = self._original_propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        @wraps(propagate)
+        def unwatched(*arguments: Any, **options: Any) -> Any:
+            with _disable_current_modes():
+                return propagate(*arguments, **options)
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = unwatched  # type: ignore[method-assign]
         super().__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
         torch.UntypedStorage.resize_ = self._original_resize  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._original_propagate  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
