@@ -1,8 +1,9 @@
-"""References for the stored formats that share nothing with the package: scalar formulas in float64."""
+"""What tests of the stored formats share: references in scalar float64 arithmetic, and small folders to try."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fullweight.checkpoint.receipt import RECEIPT
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 
+WKV = "layers.1.attn.wkv"
+EXPERT = "layers.2.ffn.experts.3.w2"
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
@@ -98,3 +102,17 @@ def edit(folder: Path, name: str, change: Callable[[dict[str, Tensor]], object])
     save_file(tensors, folder / file, metadata={"format": "pt"})
     kept = {n: f for n, f in index["weight_map"].items() if f != file}
     path.write_text(json.dumps({**index, "weight_map": {**kept, **dict.fromkeys(tensors, file)}}))
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """Its bytes."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file but the receipt."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != RECEIPT}
