@@ -19,6 +19,7 @@ from fullweight.cli.chat import chat_command
 from fullweight.cli.checkpoint import checkpoint_app
 from fullweight.cli.convert import convert_app
 from fullweight.cli.data import data_app
+from fullweight.cli.doctor import doctor_command
 from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
 from fullweight.cli.rehearse import rehearse_command
@@ -38,6 +39,7 @@ app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)
 app.command("rehearse")(rehearse_command)
+app.command("doctor")(doctor_command)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")

@@ -15,6 +15,7 @@ from fullweight.core.errors import ConfigError
 from fullweight.train.config import RunConfig
 
 MAY_CHANGE = (
+    "device",
     "data.cache_folder",
     "data.prefetch",
     "optimizer.adamw",

@@ -19,6 +19,7 @@ from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
 from fullweight.data.loader import DataConfig
 from fullweight.devices import DeviceName
+from fullweight.doctor.config import DeviceConfig
 from fullweight.methods import MethodConfig
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import IndexerLoss
@@ -171,6 +172,7 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainSection
     ops: OpsSection = OpsSection()
+    device: DeviceConfig = DeviceConfig()
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()

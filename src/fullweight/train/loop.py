@@ -44,6 +44,7 @@ from fullweight.train.guards import StopRequest
 from fullweight.train.ledger import Ledger
 from fullweight.train.metrics import step_record
 from fullweight.train.progress import Reporter
+from fullweight.train.ready import prepare, require_ready
 from fullweight.train.records import Records
 from fullweight.train.restarting import Beginning, begin, restarted, this_launch
 from fullweight.train.resuming import choose, described, settle, told
@@ -156,8 +157,10 @@ def _resume(
 @contextmanager
 def _joined(config: RunConfig) -> Iterator[Ranks]:
     """The ranks of the run, on its device and in its mode."""
+    applied = prepare(config)
     mode = deterministic(config.parallel.deterministic, find(config.train.device))
     with mode, joined(config.train.device, config.launch, _facts(config)) as ranks:
+        require_ready(config, applied, ranks)
         yield ranks
 
 

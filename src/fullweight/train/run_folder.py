@@ -32,6 +32,8 @@ from fullweight.checkpoint.export import unfinished
 from fullweight.core import durable
 from fullweight.core.errors import ConfigError
 from fullweight.devices import DEVICES, absent, find, of
+from fullweight.doctor.applied import current
+from fullweight.doctor.environment import recorded
 
 _PACKAGES = (
     *("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors"),
@@ -162,6 +164,8 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
             "memory_bytes": psutil.virtual_memory().total,
         },
         "device": described(device),
+        "variables": recorded(os.environ),
+        "variables_of_recipe": asdict(current()),
         "ranks": world_size,
         "threads_per_rank": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
