@@ -25,10 +25,14 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Collective:
-    """`run` does it and returns what to compare with `expected`; a rank sends `share` of the message's bytes."""
+    """`call(*tensors)` is what is timed; afterwards the last tensor must equal `expected()`.
+
+    `make` gives fresh tensors; a rank sends `share` of the message's bytes.
+    """
 
     name: str
-    run: Callable[[], Tensor]
+    make: Callable[[], list[Tensor]]
+    call: Callable[..., object]
     expected: Callable[[], Tensor]
     share: float
 
@@ -54,64 +58,84 @@ def _collectives(
     def blocks(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=place).repeat_interleave(part)
 
-    def reduced() -> Tensor:
-        x = filled(rank + 1, total)
-        dist.all_reduce(x, group=group)
-        return x
+    def gather(mine: Tensor, out: Tensor) -> None:
+        dist.all_gather_single(out, mine, group=group)
 
-    def gathered() -> Tensor:
-        out = filled(-1, total)
-        dist.all_gather_into_tensor(out, filled(rank, part), group)
-        return out
+    def scatter(all_parts: Tensor, out: Tensor) -> None:
+        dist.reduce_scatter_single(out, all_parts, group=group)
 
-    def scattered() -> Tensor:
-        out = filled(-1, part)
-        dist.reduce_scatter_tensor(out, blocks([rank + r for r in range(size)]), group=group)
-        return out
+    def exchange(all_parts: Tensor, out: Tensor) -> None:
+        dist.all_to_all_single(out, all_parts, group=group)
 
-    def exchanged() -> Tensor:
-        out = filled(-1, total)
-        dist.all_to_all_single(out, blocks([rank * size + r for r in range(size)]), group=group)
-        return out
-
-    def sent() -> Tensor:
-        x = filled(7 if rank == size - 1 else -1, total)
-        dist.broadcast(x, size - 1, group)
-        return x
-
-    def passed() -> Tensor:
-        x, out = filled(rank, total), filled(-1, total)
+    def pass_on(mine: Tensor, out: Tensor) -> None:
         after, before = (rank + 1) % size, (rank - 1) % size
-        calls = [dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, out, before, group)]
+        calls = [dist.P2POp(dist.isend, mine, after, group), dist.P2POp(dist.irecv, out, before, group)]
         for work in dist.batch_isend_irecv(calls):
             work.wait()
-        return out
 
     others, pairs = (size - 1) / size, size * (size - 1) // 2
+    sums = size * (size + 1) // 2
     return [
-        Collective("all_reduce", reduced, lambda: filled(size * (size + 1) // 2, total), 2 * others),
-        Collective("all_gather", gathered, lambda: blocks(list(range(size))), others),
-        Collective("reduce_scatter", scattered, lambda: filled(pairs + size * rank, part), others),
-        Collective("all_to_all", exchanged, lambda: blocks([r * size + rank for r in range(size)]), others),
-        Collective("broadcast", sent, lambda: filled(7, total), 1.0),
-        Collective("send and receive", passed, lambda: filled((rank - 1) % size, total), 1.0),
+        Collective(
+            "all_reduce",
+            lambda: [filled(rank + 1, total)],
+            lambda x: dist.all_reduce(x, group=group),
+            lambda: filled(sums, total),
+            2 * others,
+        ),
+        Collective(
+            "all_gather",
+            lambda: [filled(rank, part), filled(-1, total)],
+            gather,
+            lambda: blocks(list(range(size))),
+            others,
+        ),
+        Collective(
+            "reduce_scatter",
+            lambda: [blocks([rank + r for r in range(size)]), filled(-1, part)],
+            scatter,
+            lambda: filled(pairs + size * rank, part),
+            others,
+        ),
+        Collective(
+            "all_to_all",
+            lambda: [blocks([rank * size + r for r in range(size)]), filled(-1, total)],
+            exchange,
+            lambda: blocks([r * size + rank for r in range(size)]),
+            others,
+        ),
+        Collective(
+            "broadcast",
+            lambda: [filled(7 if rank == size - 1 else -1, total)],
+            lambda x: dist.broadcast(x, size - 1, group),
+            lambda: filled(7, total),
+            1.0,
+        ),
+        Collective(
+            "send and receive",
+            lambda: [filled(rank, total), filled(-1, total)],
+            pass_on,
+            lambda: filled((rank - 1) % size, total),
+            1.0,
+        ),
     ]
 
 
 def _measure(collective: Collective, device: Device, place: torch.device, message: int) -> CollectiveResult:
     seconds, right, failure = [], True, None
     for _ in range(_ROUNDS):
-        dist.barrier()
+        tensors = collective.make()
         device.synchronize()
+        dist.barrier()
         begin = time.perf_counter()
         try:
-            out = collective.run()
+            collective.call(*tensors)
             device.synchronize()
         except (RuntimeError, ValueError) as error:
             failure = str(error).strip().partition("\n")[0]
             break
         seconds.append(time.perf_counter() - begin)
-        right = right and torch.equal(out, collective.expected())
+        right = right and torch.equal(tensors[-1], collective.expected())
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (right and failure is None, failure, min(seconds, default=0.0)))
     slowest = max(v[2] for v in told)

@@ -18,7 +18,7 @@ _GB = 10**9
 def show(job: Job, findings: Sequence[Finding], console: Console) -> None:
     """Print everything that a person looks at."""
     for line in _machines(job):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if job.machines[0].operations:
         console.print(_operations(job))
     if job.collectives:
@@ -29,9 +29,9 @@ def show(job: Job, findings: Sequence[Finding], console: Console) -> None:
         head = Text(f"{finding.severity}{accepted} ", style=_COLOURS[finding.severity])
         head.append(f"{finding.name}{place}", style="bold")
         console.print(head)
-        console.print(f"    found {finding.found}", markup=False, highlight=False)
-        console.print(f"    expected {finding.expected}", markup=False, highlight=False)
-        console.print(f"    {finding.fix}", markup=False, highlight=False)
+        console.print(f"    found {finding.found}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"    expected {finding.expected}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"    {finding.fix}", markup=False, highlight=False, soft_wrap=True)
     console.print(verdict(job, findings), style="bold", highlight=False)
 
 
