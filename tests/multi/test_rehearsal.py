@@ -160,3 +160,34 @@ def test_a_rehearsal_is_what_ranks_measure(name: str, tmp_path: Path) -> None:
         # Each category at its own peak: blocks do alike, so that several moments reach the peak of the sum within
         # a percent, and which of them is the higher one is not the same.
         assert rehearsed["most_by_category"] == pytest.approx(real["most_by_category"], rel=BOUND), rank
+
+
+def rehearse_both(arguments: list[str]) -> int:
+    """A rank of the first of two stages, each way: the most that it has of every category."""
+    settings = (
+        *SETTINGS,
+        "train.rows_per_step=8",
+        "train.precision=bf16",
+        "model.changes={num_hidden_layers=12, compress_ratios=[0,0,0,0,0,0,0,0,0,0,0,0,0]}",
+        "parallel.pipeline=2",
+    )
+    most = {}
+    for choice in ("step", "micro_batch"):
+        values = read_toml(ROOT / "recipes/tiny_smoke.toml")
+        values = apply_overrides(values, (*settings, f"parallel.reshard_after={choice!r}"))
+        result = trace(Assignment(RunConfig.resolve(values, choice), choice, 0, 4, 1, 4, Routing()))
+        most[choice] = result.most_by_category
+    Path(arguments[0]).write_text(json.dumps(most))
+    return 0
+
+
+@pytest.mark.slow
+def test_resharding_after_a_micro_batch_keeps_few_blocks_whole(tmp_path: Path) -> None:
+    """Six blocks on two shards: for a step all their weights are whole, for a pass those of a few."""
+    ended = fullweight(tmp_path / "most", call=f"{__name__}:rehearse_both")
+    assert ended.ok, ended.output
+    most = json.loads((tmp_path / "most").read_text())
+    step, micro_batch = most["step"], most["micro_batch"]
+    assert step["gathered"] > 1.9 * step["parameters"], "this rank's part is half of them"
+    assert micro_batch["gathered"] < 0.3 * step["gathered"]
+    assert micro_batch["gradients"] == step["gradients"], "in the end it is the same shards"
