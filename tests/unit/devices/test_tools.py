@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 
 from fullweight.core.errors import ConfigError
-from fullweight.devices import DEVICES, find, of
+from fullweight.devices import DEVICES, DeviceName, find, of
 from fullweight.devices import ascend as ascend_module
 from fullweight.devices import cpu as cpu_module
 from fullweight.devices.ascend import Ascend, chip_watts
@@ -158,6 +159,7 @@ def test_a_tensors_device_finds_its_contract() -> None:
     """By torch's name of the type, which torch itself has for these two."""
     assert [of(torch.device(name)).name for name in ("cpu", "cuda")] == ["cpu", "cuda"]
     assert {kind.type for kind in DEVICES.values()} == {"cpu", "cuda", "npu"}
+    assert set(get_args(DeviceName)) == {"auto", *DEVICES}, "recipes name what there is"
 
 
 def test_an_absent_vendor_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
