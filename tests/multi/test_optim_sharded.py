@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fullweight.core.errors import TrainingError
-from fullweight.core.types import ParameterRole
+from fullweight.core.role import ParameterRole
 from fullweight.optim import muon
 from fullweight.optim.clip import clip_grad_norm
 from fullweight.optim.groups import OptimizerConfig, build_optimizers

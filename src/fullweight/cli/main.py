@@ -22,6 +22,7 @@ from fullweight.cli.data import data_app
 from fullweight.cli.doctor import doctor_command
 from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
+from fullweight.cli.plan import plan_command
 from fullweight.cli.rehearse import rehearse_command
 from fullweight.cli.resume import resume_command
 from fullweight.cli.train import INTERRUPTED, train_command
@@ -38,6 +39,7 @@ app.command("resume")(resume_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)
+app.command("plan")(plan_command)
 app.command("rehearse")(rehearse_command)
 app.command("doctor")(doctor_command)
 app.add_typer(data_app, name="data")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -157,16 +156,3 @@ class Batch:
             targets[:-ahead] = torch.where(inside, self.tokens[ahead:], 0)
             weights[:-ahead] = torch.where(inside, self.loss_mask[ahead:], 0.0)
         return targets, weights
-
-
-@dataclass(frozen=True)
-class ParameterRole:
-    """How a parameter is optimised.
-
-    A `muon` parameter is `num_matrices` independent matrices of equal shape stacked along its leading
-    dimensions: `parameter.view(num_matrices, -1, parameter.shape[-1])`.
-    """
-
-    optimizer: Literal["muon", "adamw"]
-    num_matrices: int = 1
-    weight_decay: bool = True

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
-from fullweight.core.types import ParameterRole
+from fullweight.core.role import ParameterRole
 from fullweight.optim.adamw import AdamWConfig, build_adamw
 from fullweight.optim.muon import Muon, MuonConfig
 from fullweight.optim.offload import HostAdamW, HostMuon

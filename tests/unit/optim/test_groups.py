@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fullweight.core.errors import ConfigError, TrainingError
-from fullweight.core.types import ParameterRole
+from fullweight.core.role import ParameterRole
 from fullweight.optim.groups import (
     OptimizerConfig,
     OptimizerShare,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fullweight.core.types import ParameterRole
+from fullweight.core.role import ParameterRole
 from fullweight.optim import buckets
 from fullweight.optim.groups import OptimizerConfig, build_optimizers, kind, set_learning_rate, summary
 from fullweight.optim.offload import Copies, HostMoments, host_tensors, moment_like

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fullweight.core.types import ParameterRole
+from fullweight.core.role import ParameterRole
 from fullweight.optim import buckets
 from fullweight.optim.groups import OptimizerConfig, build_optimizers
 from fullweight.optim.offload import host_tensors

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fullweight.core.errors import ConfigError, DataError
+from fullweight.core.role import ParameterRole
 from fullweight.core.slicing import slice_targets
-from fullweight.core.types import Batch, PackedLayout, ParameterRole
+from fullweight.core.types import Batch, PackedLayout
 from fullweight.models.deepseek_v4.block import Block, MtpBlock, Sublayers
 from fullweight.models.deepseek_v4.cache import Cache, DecodeContext
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from fullweight.core.types import ParameterRole
+from fullweight.core.role import ParameterRole
 from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config
 
 _ADAMW = re.compile(r"(^|\.)(embed|head)\.weight$|norm\.weight$|(^|\.)[eh]norm\.weight$|_(base|scale)$|attn_sink$")

@@ -1,0 +1,43 @@
+"""The chosen layout as a recipe that `fullweight train` and `fullweight rehearse` read. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tomli_w
+
+from fullweight.models.deepseek_v4.config import PRESETS
+from fullweight.parallel.config import ParallelConfig
+from fullweight.planner.search import Candidate, Request
+
+_ADAMW = {"name": "adamw", "learning_rate": 1e-5, "weight_decay": 0.01}
+_MUON = {"name": "muon", "learning_rate": 1e-5}
+
+
+def recipe_text(request: Request, candidate: Candidate) -> str:
+    """A recipe of supervised fine-tuning in this layout; its data are a place holder."""
+    preset = request.model.removeprefix("deepseek-v4-")
+    defaults = ParallelConfig()
+    parallel = {
+        name: value
+        for name, value in candidate.parallel.model_dump(mode="json").items()
+        if value != getattr(defaults, name) and value is not None and name != "stage_layers"
+    }
+    values: dict[str, Any] = {
+        "name": f"{preset if preset in PRESETS else 'model'}_{request.chip.name}_{request.ranks}",
+        "model": {"preset": preset} if preset in PRESETS else {"config": request.model},
+        "data": {"row_tokens": request.sequence, "sources": [{"kind": "file", "path": "data/sft.jsonl"}]},
+        "method": {"name": "sft"},
+        "optimizer": _ADAMW if request.optimizer == "adamw" else _MUON,
+        "schedule": {"kind": "cosine", "warmup_steps": 25},
+        "train": {"num_steps": 500, "rows_per_step": request.global_batch},
+        "parallel": parallel,
+        "eval": {"num_samples": 0},
+        "checkpoint": {"every": 100},
+    }
+    head = (
+        f"# Planned for {request.ranks} ranks of {request.chip.name}: a step of about {candidate.seconds:.1f} s,\n"
+        f"# at most {candidate.fullest.peak / 2**30:.1f} of {candidate.usable / 2**30:.1f} GiB, both by count.\n"
+        "# Neither rehearsed nor run. Replace data.sources, the learning rate and the number of steps.\n"
+    )
+    return head + tomli_w.dumps(values)
