@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,13 +24,13 @@ def test_memory_rises_and_falls_with_a_tensor(device: Device) -> None:
     """Allocated bytes follow, the peak stays, and what is free is no more than there is.
 
     Half the tensor is asked for: a process's resident memory moves by other things too, and its peak, which the
-    kernel brings up to date now and then, lags by some pages. The tensor is made from an array, whose pages a CPU
+    kernel brings up to date now and then, lags by some pages. The tensor lies in pages of its own, which a CPU
     gives back: those of torch's own tensors stay with the process (docs/speed.md, "Memory").
     """
     place = device.device(0)
     device.reset_peak()
     before = device.memory()
-    tensor = torch.from_numpy(np.ones(LARGE // 4, dtype=np.float32)).to(place)
+    tensor = torch.frombuffer(mmap.mmap(-1, LARGE), dtype=torch.float32).fill_(1.0).to(place)
     device.synchronize()
     held = device.memory()
     del tensor
