@@ -25,6 +25,10 @@ def rehearse_command(
     micro_batches: Annotated[
         int | None, typer.Option(min=1, help="rows traced of a step; enough for the peak when absent")
     ] = None,
+    device: Annotated[str, typer.Option(help="whose tensors, without data; its library must be there")] = "cpu",
+    operations: Annotated[
+        str | None, typer.Option("--ops", help="operations that are traced, as ops.default; those of the device")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="roles traced at the same time")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything here")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="write a page with curves here")] = None,
@@ -36,6 +40,7 @@ def rehearse_command(
     from rich.console import Console
 
     from fullweight.planner.chips import chip as find_chip
+    from fullweight.rehearse.fake import device_of
     from fullweight.rehearse.report import exchange_table, memory_table, write_page
     from fullweight.rehearse.routing import Routing
     from fullweight.rehearse.run import rehearse, roles_of
@@ -44,8 +49,10 @@ def rehearse_command(
     for file in (json_file, html_file):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
-    config = RunConfig.from_toml(recipe, overrides or [])
-    device = find_chip(chip)
+    chosen = [] if operations is None else [f"ops.default={operations}"]
+    config = RunConfig.from_toml(recipe, [*(overrides or []), *chosen])
+    found = find_chip(chip)
+    device_of(device)
     load = Routing.parse(routing)
     progress = Console(stderr=True)
     total = len(roles_of(config.layout(ranks)))
@@ -54,9 +61,10 @@ def rehearse_command(
             config,
             str(recipe),
             ranks,
-            device,
+            found,
             load,
             micro_batches=micro_batches,
+            device=device,
             processes=processes,
             done=lambda result: progress.print(f"{result.role}: traced in {result.trace_seconds:.0f} s"),
         )

@@ -20,20 +20,42 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.pipelining import schedules
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fullweight.core.config import nearest
+from fullweight.core.errors import ConfigError
+from fullweight.devices import DEVICES
 from fullweight.parallel.config import Layout
 from fullweight.parallel.mesh import Ranks
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a rehearsal, by its name in recipes or in torch; its library is loaded, it need not be there.
+
+    Raises ConfigError when there is no such device, or its library is absent.
+    """
+    known = {word: kind for recipe_name, kind in DEVICES.items() for word in (recipe_name, kind.type)}
+    if name not in known:
+        raise ConfigError(f"no device named {name!r}; {nearest(name, list(known))}")
+    reason = known[name].available()
+    if reason is not None:
+        raise ConfigError(f"nothing can be traced on {name!r}: {reason}")
+    kind = known[name]()
+    device = kind.device(0)
+    kind.synchronize()  # makes it this process's device: a mesh would otherwise choose another one
+    return device
 
 
 @contextmanager
-def fake_ranks(rank: int, layout: Layout) -> Iterator[Ranks]:
+def fake_ranks(rank: int, layout: Layout, device: torch.device = _CPU) -> Iterator[Ranks]:
     """This process as one rank of many that are not there; meshes are built. One at a time in a process."""
-    dist.init_process_group("fake", rank=rank, world_size=layout.world, store=FakeStore())
+    backend = ",".join(f"{kind}:fake" for kind in dict.fromkeys([_CPU.type, device.type]))
+    dist.init_process_group(backend, rank=rank, world_size=layout.world, store=FakeStore())
     original = schedules._batch_p2p
     schedules._batch_p2p = lambda ops, desc=None: [_Held(original(ops, desc), ops)]  # type: ignore[assignment, list-item]
     try:
-        yield Ranks(rank, layout.world, torch.device("cpu")).laid_out(layout)
+        yield Ranks(rank, layout.world, device).laid_out(layout)
     finally:
         schedules._batch_p2p = original
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from fullweight.ops.cpu.sizes import Sizes, replaced
 from fullweight.parallel.config import Layout
 from fullweight.parallel.expert import ExpertExchange
 from fullweight.parallel.mesh import Meshes
-from fullweight.rehearse.fake import fake_ranks, reading_ones, without_data
+from fullweight.rehearse.fake import device_of, fake_ranks, reading_ones, without_data
 from fullweight.rehearse.memory import CATEGORIES, Category
 from fullweight.rehearse.result import Curve, ExchangeCount, RoleResult
 from fullweight.rehearse.routing import Routing
@@ -43,6 +43,7 @@ class Assignment:
     ranks_alike: int
     micro_batches: int
     routing: Routing
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ def trace(assignment: Assignment, answers: Answers | None = None) -> RoleResult:
     answers = answers or expected_answers(assignment, layout)
     architecture = config.model.architecture()
     row = full_row(config.data.row_tokens, architecture.ratios)
-    with fake_ranks(assignment.rank, layout) as ranks:
+    with fake_ranks(assignment.rank, layout, device_of(assignment.device)) as ranks:
         names = axis_names(ranks.meshes)
         tracer = Tracer({group: axis for group, (axis, _) in names.items()})
         plan = plan_model(config, ranks, architecture)
         with (
-            SizesOnly() as mode,
+            SizesOnly(ranks.device) as mode,
             reading_ones(),
             replaced(answers.sizes),
         ):
@@ -84,7 +85,7 @@ def trace(assignment: Assignment, answers: Answers | None = None) -> RoleResult:
             for module in made.model.modules():
                 if isinstance(module, Experts) and isinstance(module.dispatch, ExpertExchange):
                     module.dispatch = answers.exchange(module.dispatch)
-            batches = [without_data(row, mode) for _ in range(assignment.micro_batches)]
+            batches = [without_data(row, mode).to(ranks.device) for _ in range(assignment.micro_batches)]
             traced_step(config, ranks, made, batches, tracer)
     return summarise(assignment, tracer, dict(names.values()), time.perf_counter() - began)
 

@@ -63,6 +63,7 @@ def rehearse(
     routing: Routing,
     *,
     micro_batches: int | None = None,
+    device: str = "cpu",
     processes: int = 1,
     done: Callable[[RoleResult], None] = lambda _: None,
 ) -> Rehearsal:
@@ -71,7 +72,7 @@ def rehearse(
     rows = config.train.rows_per_step // layout.data_size
     traced = _micro_batches(config, layout, rows, micro_batches)
     assignments = [
-        Assignment(config, role.name, role.rank, num_ranks, role.num_ranks, traced, routing)
+        Assignment(config, role.name, role.rank, num_ranks, role.num_ranks, traced, routing, device)
         for role in roles_of(layout)
     ]
     results: dict[str, RoleResult] = {}
@@ -90,9 +91,17 @@ def rehearse(
         rows_per_rank=rows,
         rows_traced=traced,
         row_tokens=config.data.row_tokens,
-        operations="those of the CPU, their kernels left out",
+        operations=_operations(config, device),
         roles=ordered,
     )
+
+
+def _operations(config: RunConfig, device: str) -> str:
+    """Which operations were traced, in words."""
+    if device == "cpu":
+        return "those of the CPU, their kernels left out"
+    named = ", ".join([config.ops.default, *(f"{group}={name}" for group, name in config.ops.chosen.items())])
+    return f"{named}, on {device}"
 
 
 def _micro_batches(config: RunConfig, layout: Layout, rows: int, asked: int | None) -> int:

@@ -27,10 +27,11 @@ _Made = Callable[[list[Any]], Any]
 
 
 class SizesOnly(FakeTensorMode):
-    """FakeTensorMode on a CPU; a value that is read is 1."""
+    """FakeTensorMode; a value that is read is 1. The shorter way is for tensors of one device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = _CPU) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.device = device
         self._known: dict[Hashable, _Made | None] = {}
         self._attributes: dict[str, Any] = {}
 
@@ -88,7 +89,12 @@ class SizesOnly(FakeTensorMode):
         for index, tensor in enumerate(tensors):
             if tensor is result:
                 return lambda given: given[index]
-        if result.layout is not torch.strided or result.fake_device != _CPU or result.is_conj() or result.is_neg():
+        if (
+            result.layout is not torch.strided
+            or result.fake_device != self.device
+            or result.is_conj()
+            or result.is_neg()
+        ):
             return None
         if not self._attributes:
             self._attributes = {**result.__dict__, "constant": None}
@@ -107,8 +113,10 @@ class SizesOnly(FakeTensorMode):
         return lambda _: self._fake(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
 
     def _fake(self, meta: Tensor) -> Tensor:
-        """What `FakeTensor(self, meta, cpu)` makes, without asking for each of its attributes."""
-        made = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU)
+        """What `FakeTensor(self, meta, device)` makes, without asking for each of its attributes."""
+        made = Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.device
+        )
         torch._C._set_throw_on_mutable_data_ptr(made)
         made.__dict__.update(self._attributes)
         return made
@@ -122,7 +130,7 @@ def _described(arg: Any, tensors: list[Any]) -> Hashable:
             if tensor is arg:
                 return index  # which of two arguments the result is must be told by the key
         tensors.append(arg)
-        return tuple(arg.shape), arg.stride(), arg.storage_offset(), arg.dtype
+        return tuple(arg.shape), arg.stride(), arg.storage_offset(), arg.dtype, arg.fake_device
     if kind is list or kind is tuple:
         return (kind, *[_described(one, tensors) for one in arg])
     if issubclass(kind, Tensor):

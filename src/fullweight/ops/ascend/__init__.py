@@ -24,6 +24,7 @@ from fullweight.devices.ascend import torch_npu
 from fullweight.ops.ascend.attention import HEAD_DIM, HEADS, MOST_KEYS, Sources, SparseAttention, attention_mass
 from fullweight.ops.ascend.elementwise import RmsNorm, Rotary, SwiGlu
 from fullweight.ops.ascend.experts import AscendProducts
+from fullweight.ops.ascend.flops import register_flops
 from fullweight.ops.ascend.hyper import STREAMS, WIDTH, HyperPost, HyperPre, register_shapes
 from fullweight.ops.ascend.loss import CrossEntropy
 from fullweight.ops.late import split
@@ -57,6 +58,7 @@ class AscendOperations(ReferenceOperations):
         except ConfigError as error:
             raise OperationError(f'the ascend operations: {error}; or set ops.default = "reference"') from None
         register_shapes()
+        register_flops()
 
     @classmethod
     def for_group(cls, group: str) -> Self:
