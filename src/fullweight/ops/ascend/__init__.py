@@ -85,10 +85,11 @@ class AscendOperations(ReferenceOperations):
         return GroupedLinear.apply(x, *split(x, weight))
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return RmsNorm.apply(x, weight, eps)
+        # a row too short for a compressed entry has none; which operators take no rows is not documented
+        return RmsNorm.apply(x, weight, eps) if x.numel() else super().rms_norm(x, weight, eps)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return Rotary.apply(x, cos, sin)
+        return Rotary.apply(x, cos, sin) if x.numel() else super().rotary(x, cos, sin)
 
     def swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
         return SwiGlu.apply(gate_up, limit)
@@ -151,7 +152,7 @@ class AscendOperations(ReferenceOperations):
     def experts(
         self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
     ) -> Tensor:
-        if not chosen.numel():  # no row is here, and which operators take none is not documented
+        if not chosen.numel():
             return super().experts(x, chosen, weights, gate_up, down, limit)
         self._check_type("experts", x)
         (gate_up, late_gate_up), (down, late_down) = split(x, gate_up), split(x, down)
