@@ -207,7 +207,7 @@ def _data_seconds(job: Job, dense: float, routed: float) -> float:
     sharers = job.data * job.context
     copies = job.ranks // job.pipeline // (job.expert * job.expert_tensor)
     # fp32 gradients once a step and bf16 weights; gathered weights come twice for every micro-batch without stages
-    rounds = job.micro_batches if job.shard_parameters and job.pipeline == 1 else 1.0
+    rounds = job.micro_batches if job.shard_parameters and (job.pipeline == 1 or job.each_round) else 1.0
     size = 4 + 2 if not job.shard_parameters else (4 + 4 * 2) * rounds
     volume = size * (dense * (sharers - 1) / sharers + routed * max(copies - 1, 0) / max(copies, 1))
     return volume / (link.bandwidth * 1e9)

@@ -80,7 +80,7 @@ def _changes(parallel: ParallelConfig) -> Iterator[tuple[str, ParallelConfig]]:
                 continue
             changes: dict[str, object] = {axis: other}
             if axis == "pipeline" and other == 1:
-                changes |= {"schedule": "1f1b", "virtual_stages": 1}
+                changes |= {"schedule": "1f1b", "virtual_stages": 1, "reshard_after": "step"}
             yield f"{axis} {other}", parallel.model_copy(update=changes)
     for policy in ("none", "selective", "full"):
         if policy != parallel.recompute:
@@ -108,7 +108,7 @@ def _memory_reason(other: Candidate) -> str:
     if category == "activations":
         advice.append("more recomputation, or more tensor or context ranks")
     if category in ("gathered", "communication"):
-        advice.append("fewer layers a stage")
+        advice.append("fewer layers a stage, or reshard_after micro_batch with 1f1b")
     if not other.parallel.offload_optimizer:
         advice.append("moments in host memory")
     return text + (f"; what helps: {', '.join(advice)}" if advice else "")

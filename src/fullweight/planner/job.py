@@ -36,6 +36,7 @@ class Job:
     expert_tensor: int = 1
     replicate: int = 1
     shard_parameters: bool = False
+    each_round: bool = False  # of a pipeline: for every micro-batch, not once a step
     offload: bool = False
     recompute: Recompute = "none"
     precision: Precision = "bf16"

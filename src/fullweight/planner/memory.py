@@ -170,24 +170,35 @@ def _rank_memory(
     numbers = root.here + sum(b.here for b in blocks)
     moments = 0 if parallel.offload_optimizer else root.moments + sum(b.moments for b in blocks)
     whole = [_FP32 * b.gathered for b in blocks]
-    staged = layout.pipeline > 1
+    staged = layout.pipeline > 1 and parallel.reshard_after == "step"
     gathered = _FP32 * root.gathered + (sum(whole) if staged else max(whole, default=0))
     tokens = setting.row_tokens // layout.num_slices
     kept = _activations(config, parallel, layout, setting, parts, rank, tokens)
-    temporary = _temporaries(config, parallel, layout, setting, layers, mtp, tokens, first, last)
+    block, table, head = _temporaries(config, parallel, layout, setting, layers, mtp, tokens, first, last)
+    rows = _rows(config, layout, setting, tokens)
     reduced = _FP32 * (root.gathered + blocks[0].gathered_alike)
-    buffers = _buffers(config, layout, setting, reduced, tokens, rank > 0)
+    exchanged = ((b.gathered_alike, b.gathered - b.gathered_alike) for b in blocks[: len(layers)])
+    largest = _FP32 * max(max(pair) for pair in exchanged)
+    payload = 2 * tokens * (config.hc_mult + 1) * config.hidden_size * _BF16 if rank > 0 else 0
+    buffers = max(reduced, largest + 3 * rows, rows + payload)
     parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
     gradients, optimizer = _FP32 * numbers, _FP32 * moments
-    # whole gradients of what is gathered wait: where stages add up micro-batches for the end, else the root's
-    waiting = gathered if staged else _FP32 * root.gathered + max(whole, default=0)
-    shared = _FP32 * (root.here_gathered + sum(b.here_gathered for b in blocks))
-    own = gradients - shared if staged else gradients if setting.micro_batches > 1 else 0
-    backward = gathered + waiting + own + kept + temporary + buffers // 2
-    reducing = gathered + waiting + gradients
+    own = gradients if setting.micro_batches > 1 else 0
+    if staged:
+        # stages add up micro-batches: whole gradients of what is gathered wait for the step's end
+        waiting = gathered
+        temporary = waiting + max(block, table, head)
+        own = gradients - _FP32 * (root.here_gathered + sum(b.here_gathered for b in blocks))
+        backward = temporary
+    else:
+        waiting = _FP32 * root.gathered
+        temporary = max(waiting, head, block + max(whole, default=0) + (table if waiting and last else 0))
+        backward = max(block, head)
+    backward += gathered + own + kept + 4 * rows
+    reducing = gathered + waiting + gradients + buffers
     routed = sum(b.routed_here * 2 + (0 if parallel.offload_optimizer else b.routed_moments) for b in blocks)
     peak = parameters + optimizer + max(backward, reducing)
-    by_category = (parameters, optimizer, gradients, gathered, kept, buffers, temporary + waiting)
+    by_category = (parameters, optimizer, gradients, gathered, kept, buffers, temporary)
     return StageMemory(rank, *by_category, peak, _FP32 * routed)
 
 
@@ -216,7 +227,8 @@ def _activations(
     total = max(sum(w * f for w, f in zip(weights, flight, strict=True)) for flight in moments)
     if staged:
         # a first stage's own output, or what has come for later micro-batches
-        waiting = 1 if rank == 0 else 0 if parts[-1].is_last and len(parts) == 1 else 3
+        ahead = min(3, setting.micro_batches - min(max(moments)) + 1)
+        waiting = 1 if rank == 0 else 0 if parts[-1].is_last and len(parts) == 1 else ahead
         total += waiting * payload
     # gradients of the head are made in forward, for both losses
     heads = 2 * _FP32 * config.vocab_size * d if any(part.is_last for part in parts) else 0
@@ -276,8 +288,8 @@ def _temporaries(
     tokens: int,
     first: bool,
     last: bool,
-) -> int:
-    """What the backward pass of the dearest block needs beside what was kept."""
+) -> tuple[int, int, int]:
+    """Beside what was kept, in backward of the dearest block and of the embedding, and in the head's forward."""
     d, n, c, heads = config.hidden_size, config.hc_mult, config.head_dim, config.num_attention_heads
     f, k = config.moe_intermediate_size, config.num_experts_per_tok
     sparse = any(config.layer_kind(layer) is LayerKind.CSA for layer in layers)
@@ -301,22 +313,11 @@ def _temporaries(
     # a micro-batch's gradient of the embedding beside the sum; the head in the compute type, and parts of it
     table = config.vocab_size * d * _FP32 if first else 0
     head = 3 * config.vocab_size * d * _BF16 if last else 0
-    return int(max(block, table, head))
+    return int(block), table, head
 
 
-def _buffers(
-    config: DeepSeekV4Config,
-    layout: Layout,
-    setting: Setting,
-    reduced: int,
-    tokens: int,
-    receives: bool,
-) -> int:
-    """Inputs and outputs of the largest exchanges that are under way together.
-
-    `reduced`: whole gradients of what lies outside of blocks and of one block, sent on together.
-    """
-    d, k = config.hidden_size, config.num_experts_per_tok
-    rows = k * tokens * d * _BF16 * setting.skew if layout.expert > 1 else 0
-    payload = 2 * tokens * (config.hc_mult + 1) * d * _BF16 if receives else 0
-    return int(max(reduced, rows + payload))
+def _rows(config: DeepSeekV4Config, layout: Layout, setting: Setting, tokens: int) -> int:
+    """Rows that a rank's experts get, in the compute type."""
+    if layout.expert == 1:
+        return 0
+    return int(config.num_experts_per_tok * tokens * config.hidden_size * _BF16 * setting.skew)

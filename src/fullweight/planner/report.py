@@ -68,8 +68,9 @@ def name_of(candidate: Candidate) -> str:
     axes = " ".join(f"{axis} {size}" for axis, size in candidate.layout.axes().items())
     schedule = f" {parallel.schedule}" if parallel.pipeline > 1 else ""
     virtual = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
+    resharded = ", weights shed each pass" if parallel.reshard_after == "micro_batch" else ""
     offload = ", moments on the host" if parallel.offload_optimizer else ""
-    return f"{axes}{schedule}{virtual}, recompute {parallel.recompute}{offload}"
+    return f"{axes}{schedule}{virtual}, recompute {parallel.recompute}{resharded}{offload}"
 
 
 def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:

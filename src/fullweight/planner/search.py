@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
@@ -112,24 +113,29 @@ class Planner:
         for tensor, pipeline, context in product(sizes[:4], sizes, sizes[:4]):
             if pipeline * tensor * context > request.ranks:
                 continue
-            for schedule, virtual in _schedules(pipeline):
+            for schedule, virtual, reshard in _schedules(pipeline):
                 for replicate, expert in product((1, 2, 4), _experts(request)):
-                    shape = self._shape(tensor, pipeline, context, schedule, virtual, replicate, expert)
+                    shape = self._shape(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        context=context,
+                        schedule=schedule,
+                        virtual_stages=virtual,
+                        reshard_after=reshard,
+                        replicate=replicate,
+                        expert=expert,
+                    )
                     if shape is None:
                         continue
                     for recompute, offload in product(("none", "selective", "full"), (False, True)):
                         changes = {"recompute": recompute, "offload_optimizer": offload}
                         yield self.timed(shape[0].model_copy(update=changes), shape[1])
 
-    def _shape(
-        self, tensor: int, pipeline: int, context: int, schedule: str, virtual: int, replicate: int, expert: int
-    ) -> tuple[ParallelConfig, Layout] | None:
-        request = self.request
-        dense, rest = divmod(request.ranks, pipeline * replicate)
-        if rest or dense % expert or dense % (tensor * context):
+    def _shape(self, **values: Any) -> tuple[ParallelConfig, Layout] | None:
+        """The layout of these axes, if it is legal."""
+        dense, rest = divmod(self.request.ranks, values["pipeline"] * values["replicate"])
+        if rest or dense % values["expert"] or dense % (values["tensor"] * values["context"]):
             return None
-        values = {"tensor": tensor, "pipeline": pipeline, "context": context, "schedule": schedule}
-        values |= {"virtual_stages": virtual, "replicate": replicate, "expert": expert}
         parallel = ParallelConfig.model_validate(values)
         try:
             return parallel, self.layout(parallel)
@@ -161,6 +167,7 @@ class Planner:
             expert=layout.expert,
             replicate=layout.replicate,
             shard_parameters=True,
+            each_round=parallel.reshard_after == "micro_batch",
             offload=parallel.offload_optimizer,
             recompute=parallel.recompute,
             overlapped_bubble=parallel.schedule in {"zero_bubble", "zbv"},
@@ -205,10 +212,12 @@ def mfu(request: Request, seconds: float) -> float:
     return model_flops(request) / seconds / (request.chip.bf16_tflops * 1e12 * request.ranks)
 
 
-def _schedules(pipeline: int) -> tuple[tuple[str, int], ...]:
+def _schedules(pipeline: int) -> tuple[tuple[str, int, str], ...]:
+    """(schedule, virtual stages, how long stages have their weights whole)."""
     if pipeline == 1:
-        return (("1f1b", 1),)
-    return ("1f1b", 1), ("interleaved", 2), ("interleaved", 4), ("zbv", 2)
+        return (("1f1b", 1, "step"),)
+    staged = ("interleaved", 2, "step"), ("interleaved", 4, "step"), ("zbv", 2, "step")
+    return ("1f1b", 1, "step"), ("1f1b", 1, "micro_batch"), *staged
 
 
 def _experts(request: Request) -> list[int]:

@@ -49,7 +49,7 @@ def test_large_layouts_by_category(record: dict[str, Any]) -> None:
     for role in record["roles"]:
         found = stages[role["pipeline"]]
         compare(found, role["most_by_category"], ALL, BOUND)
-        assert 0.95 <= found.peak / role["peak_bytes"] <= 1.10  # moments are not traced: an upper estimate
+        assert 0.97 <= found.peak / role["peak_bytes"] <= 1.08  # categories are not all worst at one moment
 
 
 @pytest.mark.parametrize("record", SMALL, ids=lambda r: r["name"])
