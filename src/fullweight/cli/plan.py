@@ -38,6 +38,7 @@ def plan_command(
     emit: Annotated[Path | None, typer.Option(help="write the first layout as a recipe")] = None,
     count: Annotated[int, typer.Option(min=1, max=50, help="layouts shown")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything here")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="write a page with pictures here")] = None,
 ) -> None:
     """The fastest layouts that fit, with memory, time, cost, reasons against their neighbours, and reliability.
 
@@ -54,7 +55,7 @@ def plan_command(
         raise ConfigError(
             f"--method {method!r} is not planned yet; use sft (continued pre-training costs the same)"
         )
-    for file in (emit, json_file):
+    for file in (emit, json_file, html_file):
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
     rate = FAILURES_PER_DEVICE_HOUR if failure_rate is None else failure_rate
@@ -77,9 +78,13 @@ def plan_command(
         print_plan(console, *answers[0], money)
     else:
         print_comparison(console, answers, money)
+    record = [describe(planner, plan, money) for planner, plan in answers]
     if json_file is not None:
-        record = [describe(planner, plan, money) for planner, plan in answers]
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if html_file is not None:
+        from fullweight.planner.page import write_page
+
+        write_page(record, html_file)
     first = answers[0][1]
     if emit is not None and first.best:
         emit.write_text(recipe_text(first.request, first.best[0]), encoding="utf-8")

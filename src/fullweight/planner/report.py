@@ -87,6 +87,7 @@ def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:
         "num_legal": plan.num_legal,
         "layouts": [
             {
+                "name": name_of(candidate),
                 "layout": candidate.layout.axes(),
                 "parallel": candidate.parallel.model_dump(mode="json", exclude_defaults=True),
                 "seconds_by_part": asdict(candidate.time),

@@ -123,11 +123,14 @@ def test_mistakes_are_one_message() -> None:
     assert "expected a chip and a number of chips" in result.output
 
 
-def test_clusters_side_by_side() -> None:
+def test_clusters_side_by_side(tmp_path: Path) -> None:
     result = fullweight(
         *("plan", "flash", "--chip", "ascend-910c", "--chips", "64", "--global-batch", "256"),
-        *("--compare", "nvidia-h100:128"),
+        *("--compare", "nvidia-h100:128", "--html", tmp_path / "plan.html"),
     )
     assert result.ok
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("data:image/png;base64,") == 5  # two of each job, and both side by side
+    assert "Why not" in page
     assert "kWh a step" in result.output
     assert "h100 x128" in result.output
