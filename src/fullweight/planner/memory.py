@@ -177,9 +177,11 @@ def _rank_memory(
     block, table, head = _temporaries(config, parallel, layout, setting, layers, mtp, tokens, first, last)
     rows = _rows(config, layout, setting, tokens)
     reduced = _FP32 * (root.gathered + blocks[0].gathered_alike)
+    if layout.pipeline > 1 and not staged:
+        reduced = _FP32 * 2 * root.gathered  # a micro-batch's gradient on its way beside the sum
     exchanged = ((b.gathered_alike, b.gathered - b.gathered_alike) for b in blocks[: len(layers)])
     largest = _FP32 * max(max(pair) for pair in exchanged)
-    payload = 2 * tokens * (config.hc_mult + 1) * config.hidden_size * _BF16 if rank > 0 else 0
+    payload = _payloads(parallel, rank) * tokens * (config.hc_mult + 1) * config.hidden_size * _BF16
     buffers = max(reduced, largest + 3 * rows, rows + payload)
     parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
     gradients, optimizer = _FP32 * numbers, _FP32 * moments
@@ -194,7 +196,7 @@ def _rank_memory(
         waiting = _FP32 * root.gathered
         temporary = max(waiting, head, block + max(whole, default=0) + (table if waiting and last else 0))
         backward = max(block, head)
-    backward += gathered + own + kept + 4 * rows
+    backward += gathered + own + kept + 4 * rows + (payload // 2 if parallel.virtual_stages > 1 else 0)
     reducing = gathered + waiting + gradients + buffers
     routed = sum(b.routed_here * 2 + (0 if parallel.offload_optimizer else b.routed_moments) for b in blocks)
     peak = parameters + optimizer + max(backward, reducing)
@@ -228,7 +230,9 @@ def _activations(
     if staged:
         # a first stage's own output, or what has come for later micro-batches
         ahead = min(3, setting.micro_batches - min(max(moments)) + 1)
-        waiting = 1 if rank == 0 else 0 if parts[-1].is_last and len(parts) == 1 else ahead
+        if len(parts) == 1 and (parts[0].is_first or parts[0].is_last):
+            ahead = 0
+        waiting = ahead + (1 if parts[0].is_first else 0)
         total += waiting * payload
     # gradients of the head are made in forward, for both losses
     heads = 2 * _FP32 * config.vocab_size * d if any(part.is_last for part in parts) else 0
@@ -314,6 +318,13 @@ def _temporaries(
     table = config.vocab_size * d * _FP32 if first else 0
     head = 3 * config.vocab_size * d * _BF16 if last else 0
     return int(block), table, head
+
+
+def _payloads(parallel: ParallelConfig, rank: int) -> int:
+    """Stage inputs and their gradients that have buffers at once: as many as rehearsals showed."""
+    if parallel.virtual_stages == 1:
+        return 2 if rank > 0 else 0
+    return (4 if rank > 0 else 2) * parallel.virtual_stages
 
 
 def _rows(config: DeepSeekV4Config, layout: Layout, setting: Setting, tokens: int) -> int:

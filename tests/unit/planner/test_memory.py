@@ -57,8 +57,9 @@ def test_small_layouts_by_state_and_activations(record: dict[str, Any]) -> None:
     stages = planned(record)
     for role in record["roles"]:
         compare(stages[role["pipeline"]], role["most_by_category"], STATE, 0.002)
-        if len(stages) == 1:
-            compare(stages[0], role["most_by_category"], ("activations",), BOUND)
+        # where stages are small, what is on its way between them weighs more
+        bound = BOUND if len(stages) == 1 else 0.075
+        compare(stages[role["pipeline"]], role["most_by_category"], ("activations",), bound)
 
 
 def test_shapes_are_those_of_the_model() -> None:
