@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.explain import neighbours, reliability, sensitivity, unknowns
-from fullweight.planner.search import Candidate, Plan, Planner, Request, mfu
+from fullweight.planner.search import Candidate, Plan, Planner, Request, easy_batches, mfu
 from fullweight.planner.topology import placements
 
 _GIB = 2**30
@@ -70,7 +70,7 @@ def name_of(candidate: Candidate) -> str:
     virtual = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
     resharded = ", weights shed each pass" if parallel.reshard_after == "micro_batch" else ""
     offload = ", moments on the host" if parallel.offload_optimizer else ""
-    return f"{axes}{schedule}{virtual}, recompute {parallel.recompute}{resharded}{offload}"
+    return f"{axes or 'one rank'}{schedule}{virtual}, recompute {parallel.recompute}{resharded}{offload}"
 
 
 def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:
@@ -124,6 +124,11 @@ def print_plan(console: Console, planner: Planner, plan: Plan, money: Money) -> 
         f"tokens a step; {plan.num_legal:,} legal layouts, memory counted for {plan.num_asked:,}",
         highlight=False,
     )
+    if easier := easy_batches(request):
+        console.print(
+            f"few layouts divide {request.global_batch} rows; {' or '.join(map(str, easier))} rows suit more",
+            highlight=False,
+        )
     if not plan.best:
         _print_none(console, plan)
         return

@@ -89,8 +89,8 @@ class Planner:
         if not candidates:
             raise ConfigError(
                 f"no layout of {self.request.ranks} ranks suits rows of {self.request.sequence} tokens and "
-                f"{self.request.global_batch} rows a step; use a number of ranks that divides into whole nodes of "
-                f"{self.request.chip.ranks_per_node}, and at least as many rows as ranks over 64"
+                f"{self.request.global_batch} rows a step; use {_powers(self.request)}, or rows that are a "
+                f"multiple of what divides {self.request.ranks}"
             )
         best: list[Candidate] = []
         smallest: Candidate | None = None
@@ -223,6 +223,20 @@ def _schedules(pipeline: int) -> tuple[tuple[str, int, str], ...]:
 def _experts(request: Request) -> list[int]:
     experts = request.config.n_routed_experts
     return [n for n in range(1, experts + 1) if experts % n == 0 and request.ranks % n == 0]
+
+
+def _powers(request: Request) -> str:
+    """Numbers of chips on both sides of what was asked that every axis divides."""
+    below = 2 ** (request.ranks.bit_length() - 1)
+    chips = [n // request.chip.dies_per_chip for n in (below, 2 * below)]
+    return " or ".join(f"{n} chips" for n in chips if n)
+
+
+def easy_batches(request: Request) -> tuple[int, ...]:
+    """Rows a step on both sides that far more layouts divide; empty when those asked for are such."""
+    step = 16 if request.ranks >= 64 else 4
+    below = request.global_batch // step * step
+    return () if below == request.global_batch else tuple(n for n in (below, below + step) if n)
 
 
 def _check_batch(request: Request) -> None:

@@ -17,7 +17,7 @@ from fullweight.parallel.config import ParallelConfig
 from fullweight.planner.chips import chip
 from fullweight.planner.explain import neighbours, reliability, sensitivity, unknowns
 from fullweight.planner.recipe import recipe_text
-from fullweight.planner.search import Planner, Request, mfu
+from fullweight.planner.search import Planner, Request, easy_batches, mfu
 from fullweight.train.config import RunConfig
 
 FLASH = DeepSeekV4Config.preset("flash")
@@ -97,6 +97,13 @@ def test_the_recipe_is_one_that_training_reads(tmp_path: Path) -> None:
 def test_a_batch_that_nothing_divides_is_told() -> None:
     with pytest.raises(ConfigError, match=r"--global-batch 1021 is not divisible .* use 1020 or 1022|use "):
         Planner(request(ranks=65536, global_batch=1021)).search()
+
+
+def test_counts_that_no_axis_divides_are_told_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no layout of 14 ranks .* use 4 chips or 8 chips"):
+        Planner(request(ranks=14)).search()
+    assert easy_batches(request(global_batch=1021)) == (1008, 1024)
+    assert easy_batches(request(global_batch=1024)) == ()
 
 
 def test_the_command_plans_emits_and_records(tmp_path: Path) -> None:
