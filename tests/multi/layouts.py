@@ -63,6 +63,7 @@ def _case(ranks: int, *, tokens: int = 256, slow: bool = True, **parallel: Any) 
     return Case(ranks, tuple(f"parallel.{k}={json.dumps(v)}" for k, v in parallel.items()), tokens, slow)
 
 
+HASHED = ("model.changes.num_hash_layers=3",)
 # About every twelfth choice finds its expert full.
 TIGHT = ("parallel.expert_capacity_factor=0.9",)
 
@@ -123,6 +124,10 @@ CASES: dict[str, Case] = {
     "fsdp2-ep2-recompute": _case(4, expert=2, recompute="full", deterministic=True),
     "ep2-recompute": _case(2, expert=2, recompute="selective", deterministic=True),
     "fsdp2-bf16-wire": _case(2, reduce_dtype="bf16"),
+    # token ids are read by layers behind the first stage
+    "hashed": Case(1, HASHED),
+    "hashed-pp4": Case(4, (*HASHED, "parallel.pipeline=4")),
+    "hashed-pp2-cp2": Case(4, (*HASHED, "parallel.pipeline=2", "parallel.context=2")),
     "capacity": Case(1, TIGHT, slow=False),
     "capacity-512": Case(1, TIGHT, tokens=512),
     "capacity-fsdp2": _tight(2),
