@@ -45,7 +45,7 @@ def test_a_model_learns_the_same(policy: Literal["none", "full"], hyper: bool) -
     expected_losses, expected = passed(ReferenceOperations(), "none")
     losses, found = passed(AscendOperations(hyper_connection=hyper, limits=False), policy)
     for name, loss in expected_losses.items():
-        assert abs(float(losses[name]) / float(loss) - 1) < TIGHT, name
+        assert abs(losses[name].item() / loss.item() - 1) < TIGHT, name
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-30)
