@@ -45,6 +45,7 @@ class Variable:
     per_rank: bool = False  # ranks or machines may differ
     at_start: bool = False  # read when the library is loaded
     replaced_by: str = ""
+    checked: bool = True  # whether the legal values were compared with the source
 
     def legal(self, value: str) -> bool:
         """Whether the library documents this value."""
@@ -80,8 +81,8 @@ def variables() -> Mapping[str, Variable]:
     return found
 
 
-def _variable(name: str, group: Mapping[str, str], entry: Mapping[str, Any]) -> Variable:
-    values = {"source": group["source"], **entry}
+def _variable(name: str, group: Mapping[str, Any], entry: Mapping[str, Any]) -> Variable:
+    values = {"source": group["source"], "checked": group.get("checked", True), **entry}
     lists: dict[str, Any] = {k: tuple(values.pop(k)) for k in ("values", "range", "number") if k in values}
     at_start = values.pop("read", "use") == "start"
     return Variable(name=name, device=group["device"], at_start=at_start, **lists, **values)

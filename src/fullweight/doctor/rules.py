@@ -46,15 +46,14 @@ def _values(environment: Environment, setting: Setting) -> Iterator[Finding]:
     for name, variable in relevant(setting.device).items():
         value = environment.get(name, "")
         if value and not variable.legal(value):
+            expected = f"{variable.expected} ({variable.meaning})"
+            if not variable.checked:
+                yield Finding(
+                    _NOTE, name, repr(value), expected, "the table may lack this value; see the vendor's page"
+                )
+                continue
             mend = f"use one, or unset it (default {variable.default or 'unset'})"
-            yield Finding(
-                _ERROR,
-                name,
-                repr(value),
-                f"{variable.expected} ({variable.meaning})",
-                mend,
-                {name: variable.default},
-            )
+            yield Finding(_ERROR, name, repr(value), expected, mend, {name: variable.default})
 
 
 def _old_names(environment: Environment, setting: Setting) -> Iterator[Finding]:
