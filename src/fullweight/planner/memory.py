@@ -105,14 +105,14 @@ class MemoryModel:
         """What the rank that holds most has of one block."""
         is_mtp = layer == self.config.num_hidden_layers
         kind = None if is_mtp else self.config.layer_kind(layer)
-        key = (kind, layout.shard, layout.context, layout.tensor, layout.expert, adamw)
+        key = (kind, layout.shard, layout.replicate, layout.context, layout.tensor, layout.expert, adamw)
         if key not in self._blocks:
             self._blocks[key] = sums(held(self.config, layout, block_shapes(self.config, layer), adamw=adamw))
         return self._blocks[key]
 
     def root(self, layout: Layout, first: bool, last: bool, adamw: bool) -> Sums:
         """The same of what lies outside of all blocks."""
-        key = (first, last, layout.shard, layout.context, layout.tensor, adamw)
+        key = (first, last, layout.shard, layout.replicate, layout.context, layout.tensor, adamw)
         if key not in self._blocks:
             shapes = root_shapes(self.config, first, last)
             self._blocks[key] = sums(held(self.config, layout, shapes, adamw=adamw))
@@ -174,7 +174,10 @@ def _rank_memory(
     gathered = _FP32 * root.gathered + (sum(whole) if staged else max(whole, default=0))
     tokens = setting.row_tokens // layout.num_slices
     kept = _activations(config, parallel, layout, setting, parts, rank, tokens)
-    block, table, head = _temporaries(config, parallel, layout, setting, layers, mtp, tokens, first, last)
+    attention, experts, table, head = _temporaries(
+        config, parallel, layout, setting, layers, mtp, tokens, first, last
+    )
+    block = max(attention, experts)
     rows = _rows(config, layout, setting, tokens)
     reduced = _FP32 * (root.gathered + blocks[0].gathered_alike)
     if layout.pipeline > 1 and not staged:
@@ -194,7 +197,10 @@ def _rank_memory(
         backward = temporary
     else:
         waiting = _FP32 * root.gathered
-        temporary = max(waiting, head, block + max(whole, default=0) + (table if waiting and last else 0))
+        # a block's experts come first in backward and are reduced before its attention's gradients are made
+        made = _FP32 * max((b.gathered - b.gathered_routed for b in blocks[: len(layers)]), default=0)
+        of_head = table if waiting and last else 0
+        temporary = max(waiting, head, attention + made + of_head, experts + of_head)
         backward = max(block, head)
     backward += gathered + own + kept + 4 * rows + (payload // 2 if parallel.virtual_stages > 1 else 0)
     reducing = gathered + waiting + gradients + buffers
@@ -292,8 +298,8 @@ def _temporaries(
     tokens: int,
     first: bool,
     last: bool,
-) -> tuple[int, int, int]:
-    """Beside what was kept, in backward of the dearest block and of the embedding, and in the head's forward."""
+) -> tuple[int, int, int, int]:
+    """Beside what was kept: in backward of attention, of experts, of the embedding, and in the head's forward."""
     d, n, c, heads = config.hidden_size, config.hc_mult, config.head_dim, config.num_attention_heads
     f, k = config.moe_intermediate_size, config.num_experts_per_tok
     sparse = any(config.layer_kind(layer) is LayerKind.CSA for layer in layers)
@@ -313,11 +319,11 @@ def _temporaries(
     routed = (made_again + 2 * heads * c * _BF16 + k * d * _BF16 * setting.skew) * tokens
     # gradients of the block's experts before they join the sum over micro-batches
     routed += _FP32 * 3 * d * f * config.n_routed_experts // layout.expert
-    block = 2 * n * d * _BF16 * tokens + max(attention, routed)
+    streams = 2 * n * d * _BF16 * tokens
     # a micro-batch's gradient of the embedding beside the sum; the head in the compute type, and parts of it
     table = config.vocab_size * d * _FP32 if first else 0
     head = 3 * config.vocab_size * d * _BF16 if last else 0
-    return int(block), table, head
+    return int(streams + attention), int(streams + routed), table, head
 
 
 def _payloads(parallel: ParallelConfig, rank: int) -> int:

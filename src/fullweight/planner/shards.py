@@ -30,11 +30,7 @@ class Held:
     muon: bool
     routed: bool
     own_axis: bool  # dealt over expert or tensor ranks first
-
-    @property
-    def gathered(self) -> bool:
-        """Whether others hold a part of it."""
-        return self.here < self.whole
+    gathered: bool  # FSDP has it: others hold a part or a copy of it
 
     @property
     def moments(self) -> int:
@@ -50,6 +46,7 @@ class Sums:
     moments: int
     gathered: int  # whole, of what others hold parts of
     gathered_alike: int  # of those, what is cut over the same ranks as all that has no axis of its own
+    gathered_routed: int
     here_gathered: int  # the rank's own parts of those
     routed_here: int
     routed_moments: int
@@ -62,6 +59,7 @@ def sums(parameters: Sequence[Held]) -> Sums:
         moments=sum(h.moments for h in parameters),
         gathered=sum(h.whole for h in parameters if h.gathered),
         gathered_alike=sum(h.whole for h in parameters if h.gathered and not h.own_axis),
+        gathered_routed=sum(h.whole for h in parameters if h.gathered and h.routed),
         here_gathered=sum(h.here for h in parameters if h.gathered),
         routed_here=sum(h.here for h in parameters if h.routed),
         routed_moments=sum(h.moments for h in parameters if h.routed),
@@ -154,7 +152,7 @@ def _held(config: DeepSeekV4Config, layout: Layout, name: str, shape: Sequence[i
         here = ceil(sizes[0] / sharers) * prod(sizes[1:])
     muon = not adamw and parameter_role(name, config).optimizer == "muon"
     own_axis = (routed and layout.expert > 1) or (cut is not None and not routed and layout.tensor > 1)
-    return Held(name, here, whole, muon, routed, own_axis)
+    return Held(name, here, whole, muon, routed, own_axis, sharers * layout.replicate > 1)
 
 
 def buffer_bytes(config: DeepSeekV4Config, layers: Sequence[int]) -> int:
