@@ -2,6 +2,7 @@
 
 Real ranks take a step on gloo, with data, kernels and natural routing, and write down the sizes that values
 decided (rows of experts, reach of entries). The rehearsal of the same ranks is given those sizes, nothing else.
+All micro-batches are the same row, so that they do alike.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from tests.multi.layouts import SETTINGS
 from tests.processes import ROOT, fullweight
 from torch import Tensor
 
+from fullweight.core import phase
 from fullweight.core.config import apply_overrides, read_toml
 from fullweight.core.types import CompressionTable
 from fullweight.models.deepseek_v4.moe import Experts
 from fullweight.ops.cpu import sizes as cpu_sizes
 from fullweight.ops.cpu.sizes import Sizes
+from fullweight.parallel.engine import micro_batch
 from fullweight.parallel.expert import ExpertExchange
 from fullweight.parallel.mesh import joined
 from fullweight.rehearse.role import Answers, Assignment, axis_names, full_row, summarise, trace
 from fullweight.rehearse.routing import Routing
+from fullweight.rehearse.run import micro_batches_traced
 from fullweight.rehearse.step import traced_step
 from fullweight.rehearse.tracer import Tracer
 from fullweight.train.assemble import parts_of, plan_model
@@ -57,11 +61,11 @@ QUICK = {"fsdp2-ep2", "pp2"}
 
 
 class RecordedSizes(Sizes):
-    """Writes answers down, or gives them again."""
+    """Writes answers down by pass and micro-batch, or gives them again."""
 
-    def __init__(self, given: list[Any] | None = None) -> None:
-        self.record: list[Any] = []
-        self.given = iter(given) if given is not None else None
+    def __init__(self, given: dict[tuple[str, str], list[Any]] | None = None) -> None:
+        self.record: dict[tuple[str, str], list[Any]] = {}
+        self.given = given
 
     def entries(self, table: CompressionTable, a: int, b: int) -> tuple[int, int]:
         return self._answer(lambda: super(RecordedSizes, self).entries(table, a, b))
@@ -73,10 +77,12 @@ class RecordedSizes(Sizes):
         return self._answer(made)
 
     def _answer(self, made: Any) -> Any:
+        place = phase.now().phase, phase.now().detail
         if self.given is not None:
-            return next(self.given)
-        self.record.append(made())
-        return self.record[-1]
+            return self.given[place].pop(0)
+        answers = self.record.setdefault(place, [])
+        answers.append(made())
+        return answers[-1]
 
 
 class RecordedExchange(ExpertExchange):
@@ -95,10 +101,13 @@ def config_of(name: str) -> RunConfig:
     return RunConfig.resolve(values, name)
 
 
-def assignment_of(name: str, rank: int) -> Assignment:
+def assignment_of(name: str, rank: int, *, whole: bool = True) -> Assignment:
+    """All micro-batches of a step, or as many as a rehearsal traces."""
     config, num_ranks = config_of(name), LAYOUTS[name][0]
-    rows = config.train.rows_per_step // config.layout(num_ranks).data_size
-    return Assignment(config, name, rank, num_ranks, 1, rows, Routing())
+    layout = config.layout(num_ranks)
+    rows = config.train.rows_per_step // layout.data_size
+    traced = rows if whole else micro_batches_traced(config, layout, rows)
+    return Assignment(config, name, rank, num_ranks, 1, traced, rows, Routing())
 
 
 def measure(arguments: list[str]) -> int:
@@ -130,21 +139,35 @@ def measure(arguments: list[str]) -> int:
 
 
 def rehearse_again(arguments: list[str]) -> int:
-    """One rank of those, rehearsed with the sizes that it met."""
+    """One rank of those, rehearsed with the sizes that it met: the whole step, and what is traced of it."""
     name, folder, rank = arguments[0], Path(arguments[1]), int(arguments[2])
-    book = RecordedSizes(pickle.loads((folder / f"{rank}.sizes").read_bytes()))
-    answers = Answers(book, lambda exchange: RecordedExchange(exchange, book))
-    result = trace(assignment_of(name, rank), answers)
-    assert next(book.given, None) is None, "the rehearsal asked for fewer sizes than the run"
-    (folder / f"{rank}.rehearsed.json").write_text(json.dumps(asdict(result)))
+    for label, whole in (("whole", True), ("part", False)):
+        book = RecordedSizes(pickle.loads((folder / f"{rank}.sizes").read_bytes()))
+        answers = Answers(book, lambda exchange, book=book: RecordedExchange(exchange, book))
+        assignment = assignment_of(name, rank, whole=whole)
+        result = trace(assignment, answers)
+        asked = {detail for (_, detail), left in book.given.items() if not left}
+        count = assignment.micro_batches
+        assert {micro_batch(i) for i in range(count)} <= asked, "fewer sizes were asked for than in the run"
+        (folder / f"{rank}.{label}.json").write_text(json.dumps(asdict(result)))
     return 0
+
+
+def near_peak(result: dict[str, Any]) -> list[dict[str, int]]:
+    """Bytes by category at every noted moment that comes within the bound of the peak."""
+    curve = result["timeline"]["by_category"]
+    moments = [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
+    return [m for m in moments if sum(m.values()) >= (1 - BOUND) * result["peak_bytes"]]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LAYOUTS]
 )
 def test_a_rehearsal_is_what_ranks_measure(name: str, tmp_path: Path) -> None:
-    """Every collective, FLOPs by operation, the peak, and the peak of each category."""
+    """Every collective, FLOPs by operation, the peak, each category's own, and what is held at the peak.
+
+    So it is of a rehearsal of the whole step, and of one that traces fewer micro-batches.
+    """
     num_ranks = LAYOUTS[name][0]
     ended = fullweight(name, tmp_path, ranks=num_ranks, call=f"{__name__}:measure")
     assert ended.ok, ended.output
@@ -152,14 +175,19 @@ def test_a_rehearsal_is_what_ranks_measure(name: str, tmp_path: Path) -> None:
         again = fullweight(name, tmp_path, rank, call=f"{__name__}:rehearse_again")
         assert again.ok, again.output
         real = json.loads((tmp_path / f"{rank}.json").read_text())
-        rehearsed = json.loads((tmp_path / f"{rank}.rehearsed.json").read_text())
-        assert rehearsed["exchanges"] == real["exchanges"]
-        assert rehearsed["flops_by_operation"] == real["flops_by_operation"]
-        assert rehearsed["num_parameters"] == real["num_parameters"]
-        assert rehearsed["peak_bytes"] == pytest.approx(real["peak_bytes"], rel=BOUND)
-        # Each category at its own peak: blocks do alike, so that several moments reach the peak of the sum within
-        # a percent, and which of them is the higher one is not the same.
-        assert rehearsed["most_by_category"] == pytest.approx(real["most_by_category"], rel=BOUND), rank
+        for label in ("whole", "part"):
+            compare(json.loads((tmp_path / f"{rank}.{label}.json").read_text()), real, f"rank {rank}, {label}")
+
+
+def compare(rehearsed: dict[str, Any], real: dict[str, Any], where: str) -> None:
+    for exact in ("exchanges", "flops_by_operation", "num_parameters"):
+        assert rehearsed[exact] == real[exact], where
+    for near in ("peak_bytes", "most_by_category"):
+        assert rehearsed[near] == pytest.approx(real[near], rel=BOUND), where
+    # Blocks do alike, so that several moments come near the peak, and which is the highest is a matter of bytes:
+    # what is held at the rehearsed one is what is held at one of the real run's.
+    held, room = rehearsed["peak_by_category"], BOUND * real["peak_bytes"]
+    assert any(all(abs(there[c] - held[c]) <= room for c in held) for there in near_peak(real)), where
 
 
 def rehearse_both(arguments: list[str]) -> int:
@@ -175,7 +203,7 @@ def rehearse_both(arguments: list[str]) -> int:
     for choice in ("step", "micro_batch"):
         values = read_toml(ROOT / "recipes/tiny_smoke.toml")
         values = apply_overrides(values, (*settings, f"parallel.reshard_after={choice!r}"))
-        result = trace(Assignment(RunConfig.resolve(values, choice), choice, 0, 4, 1, 4, Routing()))
+        result = trace(Assignment(RunConfig.resolve(values, choice), choice, 0, 4, 1, 4, 4, Routing()))
         most[choice] = result.most_by_category
     Path(arguments[0]).write_text(json.dumps(most))
     return 0

@@ -29,6 +29,9 @@ def rehearse_command(
     operations: Annotated[
         str | None, typer.Option("--ops", help="operations that are traced, as ops.default; those of the device")
     ] = None,
+    roles: Annotated[
+        list[str] | None, typer.Option("--role", help="trace this role alone, such as 'stage 0'; may be repeated")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="roles traced at the same time")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything here")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="write a page with curves here")] = None,
@@ -43,7 +46,7 @@ def rehearse_command(
     from fullweight.rehearse.fake import device_of
     from fullweight.rehearse.report import exchange_table, memory_table, write_page
     from fullweight.rehearse.routing import Routing
-    from fullweight.rehearse.run import rehearse, roles_of
+    from fullweight.rehearse.run import chosen_roles, rehearse
     from fullweight.train.config import RunConfig
 
     for file in (json_file, html_file):
@@ -55,7 +58,7 @@ def rehearse_command(
     device_of(device)
     load = Routing.parse(routing)
     progress = Console(stderr=True)
-    total = len(roles_of(config.layout(ranks)))
+    total = len(chosen_roles(config.layout(ranks), roles or ()))
     with progress.status(f"tracing {total} role(s)"):
         rehearsal = rehearse(
             config,
@@ -65,6 +68,7 @@ def rehearse_command(
             load,
             micro_batches=micro_batches,
             device=device,
+            roles=roles or (),
             processes=processes,
             done=lambda result: progress.print(f"{result.role}: traced in {result.trace_seconds:.0f} s"),
         )

@@ -24,6 +24,11 @@ Mark = Callable[[str], None]
 """Told the name of a phase ("forward", "backward") when it ends."""
 
 
+def micro_batch(number: int) -> str:
+    """How the phase says which micro-batch is under way, here and in pipelines."""
+    return f"micro-batch {number}"
+
+
 class PassOutput(Protocol):
     """What one forward pass gives: loss sums, attached to the graph, tokens by MoE layer and expert, and drops."""
 
@@ -70,7 +75,7 @@ class PlainEngine:
     def run(self, batches: Sequence[Batch], weigh: Weigh, mark: Mark) -> Shares:
         shares = None
         for number, batch in enumerate(batches):
-            phase.enter("forward", f"micro-batch {number}")
+            phase.enter("forward", micro_batch(number))
             output = self.forward(batch)
             total = weigh(output.losses)
             if not total.requires_grad:
@@ -80,7 +85,7 @@ class PlainEngine:
                 )
             shares = _added(shares, output)
             mark("forward")
-            phase.enter("backward", f"micro-batch {number}")
+            phase.enter("backward", micro_batch(number))
             total.backward()
             mark("backward")
         assert shares is not None, "a step needs at least one micro-batch"

@@ -30,6 +30,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from fullweight.core import phase
 from fullweight.core.types import Batch
 from fullweight.models.deepseek_v4.block import Block
 from fullweight.models.deepseek_v4.model import DeepSeekV4, ModelOutput
@@ -156,6 +157,7 @@ class PipelineEngine:
         with self.passes(self.model):
             # a stage finds its batch by the micro-batch's number; the target is only there to be counted
             self._schedules[count].step(target=torch.arange(count), return_outputs=False)
+            phase.enter("backward", "sums over ranks")
         mark("forward_backward")
         return self._end()
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._utils import _TensorMeta
 from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
 
+from fullweight.core import phase
 from fullweight.ops.late import WeightGradients
+from fullweight.parallel.engine import micro_batch
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,16 @@ class Stage(_PipelineStageBase):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
+        phase.enter("forward", micro_batch(fwd_chunk_id))
         return super().forward_one_chunk(fwd_chunk_id, (), {"number": fwd_chunk_id}, save_forward_output)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> None:
+        phase.enter("backward", micro_batch(bwd_chunk_id))
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        phase.enter("backward", micro_batch(bwd_chunk_id))
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False

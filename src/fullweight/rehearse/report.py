@@ -44,7 +44,9 @@ def memory_table(rehearsal: Rehearsal) -> Table:
 
 def exchange_table(rehearsal: Rehearsal) -> Table:
     """What each role gives to collectives in a step, by axis and kind."""
-    table = Table(title=f"collectives of {rehearsal.rows_traced} micro-batches: count, GiB given by the rank")
+    table = Table(
+        title=f"collectives of a step, {rehearsal.rows_per_rank} micro-batches: count, GiB given by the rank"
+    )
     table.add_column("role")
     for title in ("axis", "ranks", "kind", "count", "GiB"):
         table.add_column(title, justify="right")

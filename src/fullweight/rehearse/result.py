@@ -40,7 +40,7 @@ class RoleResult:
     peak_moment: int
     peak_module: str
     most_by_category: dict[str, int]  # each category at its own worst moment
-    flops_by_operation: dict[str, int]
+    flops_by_operation: dict[str, int]  # of the whole step, as the exchanges
     exchanges: list[ExchangeCount]
     num_groups: int  # process groups that this rank is in
     num_operations: int
@@ -61,7 +61,7 @@ class Rehearsal:
     memory_bytes: int  # of the chip's device
     routing: str
     rows_per_rank: int
-    rows_traced: int  # of them, in the record
+    rows_traced: int  # of them; memory is of these, counts are of all
     row_tokens: int
     operations: str  # the set of operations that was traced
     roles: list[RoleResult] = field(default_factory=list)

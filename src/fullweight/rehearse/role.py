@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from fullweight.models.deepseek_v4.moe import Experts
 from fullweight.ops.cpu.experts import rounded_rows
 from fullweight.ops.cpu.sizes import Sizes, replaced
 from fullweight.parallel.config import Layout
+from fullweight.parallel.engine import micro_batch
 from fullweight.parallel.expert import ExpertExchange
 from fullweight.parallel.mesh import Meshes
 from fullweight.rehearse.fake import device_of, fake_ranks, reading_ones, without_data
@@ -25,16 +28,17 @@ from fullweight.rehearse.result import Curve, ExchangeCount, RoleResult
 from fullweight.rehearse.routing import Routing
 from fullweight.rehearse.sizes_only import SizesOnly
 from fullweight.rehearse.step import traced_step
-from fullweight.rehearse.tracer import Tracer
+from fullweight.rehearse.tracer import BETWEEN_STAGES, Exchange, Pass, Tracer
 from fullweight.train.assemble import parts_of, plan_model
 from fullweight.train.config import RunConfig
 
 _CURVE_POINTS = 600
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one process traces: one rank's step of `micro_batches` rows."""
+    """What one process traces: one rank's step, of whose `rows` it passes `micro_batches` through the model."""
 
     config: RunConfig
     role: str
@@ -42,6 +46,7 @@ class Assignment:
     num_ranks: int
     ranks_alike: int
     micro_batches: int
+    rows: int
     routing: Routing
     device: str = "cpu"
 
@@ -123,13 +128,13 @@ def summarise(
     timeline = tracer.timeline()
     peak = timeline.peak_index()
     exchanges: dict[tuple[str, str, str], list[int]] = {}
-    for exchange, count in tracer.exchanges.items():
+    ahead = layout.pipeline - 1 - layout.stage(assignment.rank)
+    step = partial(of_step, traced=assignment.micro_batches, rows=assignment.rows, ahead=ahead)
+    for exchange, count in step(tracer.exchanges).items():
         entry = exchanges.setdefault((exchange.group, exchange.kind, exchange.module), [0, 0])
         entry[0] += count
         entry[1] += count * exchange.num_bytes
-    flops: dict[str, int] = {}
-    for (_, operation), value in tracer.flops.items():
-        flops[operation] = flops.get(operation, 0) + value
+    flops = step(tracer.flops)
     curve = timeline.thinned(_CURVE_POINTS)
     return RoleResult(
         role=assignment.role,
@@ -156,6 +161,28 @@ def summarise(
             {str(c): row.tolist() for c, row in zip(CATEGORIES, curve.by_category, strict=True)},
         ),
     )
+
+
+def of_step(counts: Mapping[tuple[K, Pass], int], traced: int, rows: int, ahead: int) -> dict[K, int]:
+    """Counts in a step of `rows` micro-batches, of counts by pass in one of `traced`, which do alike.
+
+    `ahead` is by how many micro-batches forward passes are before backward ones. What is done once a step is done
+    outside of passes or in the first ones. A further micro-batch is one more forward after a backward pass and one
+    more backward after it: it adds what the last such pair has. What passes between stages is equally much for
+    each, and is sent while another is under way.
+    """
+    last = {("forward", micro_batch(traced - 1)), ("backward", micro_batch(traced - 1 - ahead))}
+    whole, between = Counter[K](), Counter[K]()
+    for (key, under_way), count in counts.items():
+        if isinstance(key, Exchange) and key.kind in BETWEEN_STAGES:
+            between[key] += count
+        else:
+            whole[key] += count * (1 + (rows - traced) * (under_way in last))
+    for key, count in between.items():
+        each, rest = divmod(count, traced)
+        assert rest == 0, f"{count} of {key} in {traced} micro-batches"
+        whole[key] += each * rows
+    return whole
 
 
 class _Expected(Sizes):

@@ -5,18 +5,20 @@ is traced: of the ranks that share parameters unevenly, the first, which holds m
 stage's first and last slice stand for all (the last sees most entries); tensor ranks of one span differ only in a
 few rows of the indexer, and the last stands for them.
 
-The memory of a pipeline is highest once all its micro-batches in flight are there: as many as it has
-ranks, or twice as many where a rank has several stages; more of the same repeat it. So that many are traced
-unless told otherwise, and counts of collectives and FLOPs are of the micro-batches that were.
+A pipeline with one stage on each rank holds most once as many micro-batches are in flight as it has ranks and
+gradients of one before them are there; more of the same repeat it, so one more than ranks are traced. Schedules
+with several stages on a rank keep what they send until the step ends, so all are traced for them. Counts of
+collectives and FLOPs are those of the whole step (`role.of_step`).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
+from fullweight.core.config import nearest
 from fullweight.core.errors import ConfigError
 from fullweight.parallel.config import Layout
 from fullweight.planner.chips import Chip
@@ -64,16 +66,20 @@ def rehearse(
     *,
     micro_batches: int | None = None,
     device: str = "cpu",
+    roles: Collection[str] = (),
     processes: int = 1,
     done: Callable[[RoleResult], None] = lambda _: None,
 ) -> Rehearsal:
-    """Trace every role; `done` is told each result as it comes. Raises ConfigError for what cannot be laid out."""
+    """Trace every role, or those named by `roles`; `done` is told each result as it comes.
+
+    Raises ConfigError for what cannot be laid out, and for a role that there is not.
+    """
     layout = config.layout(num_ranks)
     rows = config.train.rows_per_step // layout.data_size
-    traced = _micro_batches(config, layout, rows, micro_batches)
+    traced = micro_batches_traced(config, layout, rows, micro_batches)
     assignments = [
-        Assignment(config, role.name, role.rank, num_ranks, role.num_ranks, traced, routing, device)
-        for role in roles_of(layout)
+        Assignment(config, role.name, role.rank, num_ranks, role.num_ranks, traced, rows, routing, device)
+        for role in chosen_roles(layout, roles)
     ]
     results: dict[str, RoleResult] = {}
     for result in _traced(assignments, processes):
@@ -104,15 +110,24 @@ def _operations(config: RunConfig, device: str) -> str:
     return f"{named}, on {device}"
 
 
-def _micro_batches(config: RunConfig, layout: Layout, rows: int, asked: int | None) -> int:
-    rounds = 1 if layout.pipeline > 1 and config.parallel.virtual_stages == 1 else 2
-    enough = min(rows, rounds * layout.pipeline)
+def chosen_roles(layout: Layout, names: Collection[str]) -> list[Role]:
+    """The roles of these names, all when there are none. Raises ConfigError."""
+    known = {role.name: role for role in roles_of(layout)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"this layout has no role {name!r}; {nearest(name, list(known))}")
+    return [role for name, role in known.items() if not names or name in names]
+
+
+def micro_batches_traced(config: RunConfig, layout: Layout, rows: int, asked: int | None = None) -> int:
+    """How many of a step's `rows` are traced: as many as asked for, or as show the peak. Raises ConfigError."""
+    enough = rows if config.parallel.virtual_stages > 1 else min(rows, layout.pipeline + 1)
     if asked is None:
         return enough
-    if not layout.pipeline <= asked <= rows:
+    if not enough <= asked <= rows:
         raise ConfigError(
-            f"--micro-batches {asked}: a step of this recipe has {rows} on each data rank and its pipeline needs "
-            f"{layout.pipeline} or more; choose from there, or leave it out ({enough} show the peak)"
+            f"--micro-batches {asked}: a step of this recipe has {rows} on each data rank, and {enough} of them "
+            f"show its peak and what each adds; choose from {enough} to {rows}, or leave it out"
         )
     return asked
 

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fullweight.core import phase
 from fullweight.rehearse.memory import Block, Category, Timeline, timeline
 
 _KINDS = {
@@ -52,9 +53,14 @@ _KINDS = {
     "all_reduce_": "all_reduce",
     "all_to_all_single": "all_to_all",
 }
+BETWEEN_STAGES = ("send", "recv")
 # Of the arguments of an in-place collective, which holds what this rank gives.
 _GIVEN = {"_allgather_base_": 1, "allgather_": 1, "_reduce_scatter_base_": 1, "reduce_scatter_": 1}
 _GIVEN |= {"alltoall_base_": 1, "alltoall_": 1}
+
+
+Pass = tuple[str, str]
+"""Phase of the step and its detail: which pass of which micro-batch was under way."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,9 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.group_names = group_names or {}
         self.blocks: list[Block] = []
-        self.exchanges: Counter[Exchange] = Counter()
-        self.flops: Counter[tuple[str, str]] = Counter()  # (module, operation)
+        # each with the phase and its detail, which names the micro-batch
+        self.exchanges: Counter[tuple[Exchange, Pass]] = Counter()
+        self.flops: Counter[tuple[str, Pass]] = Counter()  # of an operation
         self.module = ""
         self.moment = 0
         self._live: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -214,7 +221,8 @@ class Tracer(TorchDispatchMode):
         if name in ("c10d", "_c10d_functional"):
             self._collective(func, args, result)
         elif (count := flop_registry.get(getattr(func, "overloadpacket", func))) is not None:
-            self.flops[self.module, str(func.overloadpacket)] += count(*args, **kwargs, out_val=result)
+            made = count(*args, **kwargs, out_val=result)
+            self.flops[str(func.overloadpacket), _under_way()] += made
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 for storage in storages(leaf):
@@ -261,8 +269,10 @@ class Tracer(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         group = next((self._group(a) for a in args if _names_a_group(a)), "")
-        found = Exchange(group, _KINDS[operation], size, self.module, self._in_backward)
-        self.exchanges[found] += 1
+        kind = _KINDS[operation]
+        # between stages: whatever ran last is not what sends
+        module, in_backward = ("", False) if kind in BETWEEN_STAGES else (self.module, self._in_backward)
+        self.exchanges[Exchange(group, kind, size, module, in_backward), _under_way()] += 1
         for leaf in tree_leaves((args, result)):
             if isinstance(leaf, Tensor):
                 for storage in storages(leaf):
@@ -272,6 +282,11 @@ class Tracer(TorchDispatchMode):
     def _group(self, argument: Any) -> str:
         name = argument if isinstance(argument, str) else torch.distributed.ProcessGroup.unbox(argument).group_name
         return self.group_names.get(name, name)
+
+
+def _under_way() -> Pass:
+    place = phase.now()
+    return place.phase, place.detail
 
 
 def _names_a_group(argument: Any) -> bool:
