@@ -29,9 +29,7 @@ def last_role(recipe: str, ranks: int, device: str, operations: str) -> RoleResu
     layout = config.layout(ranks)
     role = roles_of(layout)[-1]
     least = layout.pipeline  # a pipeline needs as many rows as it has ranks
-    return trace(
-        Assignment(config, role.name, role.rank, ranks, role.num_ranks, least, Routing.parse("uniform"), device)
-    )
+    return trace(Assignment(config, role.name, role.rank, ranks, role.num_ranks, least, least, Routing(), device))
 
 
 def collectives(result: RoleResult) -> list[tuple[object, ...]]:

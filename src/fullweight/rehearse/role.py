@@ -189,6 +189,7 @@ class _Expected(Sizes):
     """Answers for a row that is one document, and experts that share their rows evenly."""
 
     index_products = 1 << 24  # 32 MB of them: fewer and larger pieces, and a trace takes half as long
+    tile = 1 << 40  # products of an expert's rows are as many FLOPs, and take no memory, however they are cut
 
     def __init__(self, layout: Layout, rank: int, num_tokens: int) -> None:
         self.layout, self.rank, self.num_tokens = layout, rank, num_tokens

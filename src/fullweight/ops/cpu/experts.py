@@ -16,7 +16,7 @@ from fullweight.ops.cpu.swiglu import swiglu_rows
 from fullweight.ops.late import Late
 from fullweight.ops.native import call
 
-TILE = 512  # rows of an expert that share one product
+LARGE = 256  # rows of an expert from which they are rounded up to more
 GROUP = 1024  # rows that pass through what is between products together, unless one expert has more
 
 
@@ -133,7 +133,7 @@ class DispatchPlan:
     def of(chosen: Tensor, num_experts: int) -> DispatchPlan:
         flat = chosen.flatten()
         real = flat.new_zeros(num_experts + 1).scatter_add(0, flat, torch.ones_like(flat))[:-1]
-        padded = real + (-real) % torch.where(real > TILE // 2, 64, 32)
+        padded = real + (-real) % torch.where(real > LARGE, 64, 32)
         first_real, first = real.cumsum(0) - real, padded.cumsum(0) - padded
         by_expert = torch.sort(flat, stable=True)
         counts = sizes().rows(padded, len(flat))
@@ -159,7 +159,7 @@ class DispatchPlan:
 
 def rounded_rows(rows: int) -> int:
     """What a plan rounds an expert's rows up to."""
-    return rows + -rows % (64 if rows > TILE // 2 else 32)
+    return rows + -rows % (64 if rows > LARGE else 32)
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,13 +167,13 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def multiply(left: Tensor, weights: Tensor, out: Tensor, group: Group) -> None:
-    """out = left @ weights[expert] for each expert's rows, `TILE` at a time: few shapes for oneDNN to prepare."""
-    sizes, chosen = [], []
+    """out = left @ weights[expert] for each expert's rows, a tile at a time: few shapes for oneDNN to prepare."""
+    tile, counts, chosen = sizes().tile, [], []
     for weight, count in zip(weights.unbind(), group.counts, strict=True):
-        for start in range(0, count, TILE):
-            sizes.append(min(TILE, count - start))
+        for start in range(0, count, tile):
+            counts.append(min(tile, count - start))
             chosen.append(weight)
-    for a, weight, c in zip(left.split(sizes), chosen, out.split(sizes), strict=True):
+    for a, weight, c in zip(left.split(counts), chosen, out.split(counts), strict=True):
         torch.mm(a, weight, out=c)
 
 

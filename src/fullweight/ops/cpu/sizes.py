@@ -20,6 +20,7 @@ class Sizes:
     """The answers of tensors with values."""
 
     index_products: int = 1 << 21  # of the indexer's queries and keys that exist at the same time
+    tile: int = 512  # rows of an expert that share one product
 
     def entries(self, table: CompressionTable, a: int, b: int) -> tuple[int, int]:
         """Bounds of the entries that any of the tokens [a, b) sees; `b` may lie beyond the row."""
