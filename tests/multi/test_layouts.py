@@ -42,6 +42,8 @@ WEIGHTS = 1e-5
 FP32_LOSS = 1e-5
 FP32_NORM = 1e-4
 
+pytestmark = pytest.mark.timeout(3600)  # the first case of so many ranks runs them all, within a limit of its own
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
