@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -166,22 +167,39 @@ def near_peak(result: dict[str, Any]) -> list[dict[str, int]]:
 def test_a_rehearsal_is_what_ranks_measure(name: str, tmp_path: Path) -> None:
     """Every collective, FLOPs by operation, the peak, each category's own, and what is held at the peak.
 
-    So it is of a rehearsal of the whole step, and of one that traces fewer micro-batches.
+    So it is of a rehearsal of the whole step, and of one that traces fewer micro-batches. gloo's threads let go
+    of a buffer a moment after the wait for it ended, on a busy machine later, so that real ranks may hold one more
+    for a while: of three measurements of memory one has to be what was rehearsed.
     """
+    for measurement in (1, 2, 3):
+        pairs = list(rehearsed_and_real(name, tmp_path))
+        for where, rehearsed, real in pairs:
+            for exact in ("exchanges", "flops_by_operation", "num_parameters"):
+                assert rehearsed[exact] == real[exact], where
+        try:
+            for where, rehearsed, real in pairs:
+                compare_memory(rehearsed, real, where)
+        except AssertionError:
+            if measurement == 3:
+                raise
+        else:
+            return
+
+
+def rehearsed_and_real(name: str, folder: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """What was rehearsed of the first and the last rank, and what these measured."""
     num_ranks = LAYOUTS[name][0]
-    ended = fullweight(name, tmp_path, ranks=num_ranks, call=f"{__name__}:measure")
+    ended = fullweight(name, folder, ranks=num_ranks, call=f"{__name__}:measure")
     assert ended.ok, ended.output
     for rank in sorted({0, num_ranks - 1}):
-        again = fullweight(name, tmp_path, rank, call=f"{__name__}:rehearse_again")
+        again = fullweight(name, folder, rank, call=f"{__name__}:rehearse_again")
         assert again.ok, again.output
-        real = json.loads((tmp_path / f"{rank}.json").read_text())
+        real = json.loads((folder / f"{rank}.json").read_text())
         for label in ("whole", "part"):
-            compare(json.loads((tmp_path / f"{rank}.{label}.json").read_text()), real, f"rank {rank}, {label}")
+            yield f"rank {rank}, {label}", json.loads((folder / f"{rank}.{label}.json").read_text()), real
 
 
-def compare(rehearsed: dict[str, Any], real: dict[str, Any], where: str) -> None:
-    for exact in ("exchanges", "flops_by_operation", "num_parameters"):
-        assert rehearsed[exact] == real[exact], where
+def compare_memory(rehearsed: dict[str, Any], real: dict[str, Any], where: str) -> None:
     for near in ("peak_bytes", "most_by_category"):
         assert rehearsed[near] == pytest.approx(real[near], rel=BOUND), where
     # Blocks do alike, so that several moments come near the peak, and which is the highest is a matter of bytes:
