@@ -11,43 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullweight.core.errors import OperationError
-from fullweight.ops.late import split
-from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
-from fullweight.ops.mixture import ExpertMixture, GroupedProducts
+from fullweight.ops.accelerator import AcceleratorOperations
+from fullweight.ops.mixture import GroupedProducts
 from fullweight.ops.reference import ReferenceOperations, Workload
-
-
-class CudaOperations(ReferenceOperations):
-    """Torch's fused operations for CUDA."""
-
-    name = "cuda"
-
-    def takes(self, group: str, workload: Workload) -> bool:
-        return group != "experts" or workload.dtype == torch.bfloat16
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return CastLinear.apply(x, *split(x, weight))
-
-    def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return WideLinear.apply(x, *split(x, weight), F.linear)
-
-    def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return GroupedLinear.apply(x, *split(x, weight))
-
-    def experts(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
-    ) -> Tensor:
-        if not chosen.numel():  # no row is here
-            return super().experts(x, chosen, weights, gate_up, down, limit)
-        if x.dtype != torch.bfloat16:
-            found = str(x.dtype).removeprefix("torch.")
-            raise OperationError(
-                f"experts of the cuda operations: torch's grouped products take bfloat16, found {found}; "
-                'set ops.experts = "reference"'
-            )
-        (gate_up, late_gate_up), (down, late_down) = split(x, gate_up), split(x, down)
-        kit = CudaProducts()
-        return ExpertMixture.apply(x, chosen, weights, gate_up, down, limit, late_gate_up, late_down, kit)
 
 
 class CudaProducts(GroupedProducts):
@@ -69,10 +35,27 @@ class CudaProducts(GroupedProducts):
         return F.grouped_mm(left.T, right, offs=ends.to(torch.int32)).to(like.dtype)
 
     def swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+        return ReferenceOperations().swiglu(gate_up, limit)
 
     def swiglu_backward(self, grad: Tensor, gate_up: Tensor, limit: float) -> Tensor:
         with torch.enable_grad():
             leaf = gate_up.detach().requires_grad_()
             return torch.autograd.grad(self.swiglu(leaf, limit), leaf, grad)[0]
+
+
+class CudaOperations(AcceleratorOperations):
+    """Torch's fused operations for CUDA."""
+
+    name = "cuda"
+    products = CudaProducts
+
+    def takes(self, group: str, workload: Workload) -> bool:
+        return group != "experts" or workload.dtype == torch.bfloat16
+
+    def check_experts(self, x: Tensor) -> None:
+        if x.dtype != torch.bfloat16:
+            found = str(x.dtype).removeprefix("torch.")
+            raise OperationError(
+                f"experts of the cuda operations: torch's grouped products take bfloat16, found {found}; "
+                'set ops.experts = "reference"'
+            )

@@ -21,20 +21,17 @@ from torch import Tensor
 from fullweight.core.errors import ConfigError, OperationError
 from fullweight.core.types import PackedLayout
 from fullweight.devices.ascend import torch_npu
+from fullweight.ops.accelerator import AcceleratorOperations
 from fullweight.ops.ascend.attention import HEAD_DIM, HEADS, MOST_KEYS, Sources, SparseAttention, attention_mass
 from fullweight.ops.ascend.elementwise import RmsNorm, Rotary, SwiGlu
 from fullweight.ops.ascend.experts import AscendProducts
 from fullweight.ops.ascend.flops import register_flops
 from fullweight.ops.ascend.hyper import STREAMS, WIDTH, HyperPost, HyperPre, register_shapes
 from fullweight.ops.ascend.loss import CrossEntropy
-from fullweight.ops.late import split
-from fullweight.ops.linear import CastLinear, GroupedLinear, WideLinear
-from fullweight.ops.mixture import ExpertMixture
 from fullweight.ops.reference import (
     AttentionOutput,
     Compressed,
     HyperOutput,
-    ReferenceOperations,
     Workload,
     recomputed,
 )
@@ -42,7 +39,7 @@ from fullweight.ops.reference import (
 NARROW = (torch.bfloat16, torch.float16)
 
 
-class AscendOperations(ReferenceOperations):
+class AscendOperations(AcceleratorOperations):
     """Fused Ascend operations; raises OperationError when torch_npu does not import.
 
     With `hyper_connection` the hyper-connections are torch_npu's too. Tests set `limits` to False to run the same
@@ -50,6 +47,7 @@ class AscendOperations(ReferenceOperations):
     """
 
     name = "ascend"
+    products = AscendProducts
 
     def __init__(self, *, hyper_connection: bool = False, limits: bool = True) -> None:
         self.fused_hyper, self.limits = hyper_connection, limits
@@ -73,16 +71,7 @@ class AscendOperations(ReferenceOperations):
             return fits and workload.dtype in NARROW
         return group != "experts" or workload.dtype in NARROW
 
-    # ---- projections and element-wise ---------------------------------------------------------------
-
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return CastLinear.apply(x, *split(x, weight))
-
-    def wide_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return WideLinear.apply(x, *split(x, weight), torch.nn.functional.linear)
-
-    def grouped_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return GroupedLinear.apply(x, *split(x, weight))
+    # ---- element-wise -------------------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         # a row too short for a compressed entry has none; which operators take no rows is not documented
@@ -149,15 +138,8 @@ class AscendOperations(ReferenceOperations):
 
     # ---- experts and head ---------------------------------------------------------------------------
 
-    def experts(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
-    ) -> Tensor:
-        if not chosen.numel():
-            return super().experts(x, chosen, weights, gate_up, down, limit)
+    def check_experts(self, x: Tensor) -> None:
         self._check_type("experts", x)
-        (gate_up, late_gate_up), (down, late_down) = split(x, gate_up), split(x, down)
-        kit = AscendProducts()
-        return ExpertMixture.apply(x, chosen, weights, gate_up, down, limit, late_gate_up, late_down, kit)
 
     def cross_entropy(
         self, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor
