@@ -1,8 +1,8 @@
 """Python's collector of reference cycles, kept out of training steps.
 
 A step makes tens of thousands of objects, so the collector would run in its middle, on every rank at another
-moment, while the other ranks wait. A step leaves no cycles behind (tests/unit/train/test_step.py); what other code
-may have left is collected between steps.
+moment, while the other ranks wait. A step leaves no cycles behind (tests/unit/train/test_step_memory.py); what
+other code may have left is collected between steps.
 """
 
 from __future__ import annotations

@@ -161,9 +161,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
     for unit in units:
         unit.set_is_last_backward(True)
     for group in groups:
-        group._training_state = (
-            TrainingState.POST_BACKWARD
-        )  # its last backward has been; nothing is left to reduce
+        group._training_state = TrainingState.POST_BACKWARD  # nothing is left to reduce
     root._root_post_backward_final_callback()
 
 
