@@ -39,17 +39,6 @@ CONVENTIONS = {
     "matmul": "best median of bf16 x @ W.T, W stored [out, in], over shapes and over the whole run",
     "routing": "natural, fresh weights, uniform random tokens",
 }
-_ENVIRONMENT = (
-    "OMP_",
-    "KMP_",
-    "MKL_",
-    "GOMP_",
-    "MALLOC_",
-    "GLIBC_TUNABLES",
-    "LD_PRELOAD",
-    "ONEDNN_",
-    "DNNL_",
-)
 
 
 @dataclass(frozen=True)
@@ -198,8 +187,7 @@ def stands_on(config: BenchConfig) -> dict[str, Any]:
             "the code's commit is unknown (its source is not in a git checkout), so a record of its speed "
             "would say nothing; run from a checkout, or without --json"
         )
-    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)}
-    return {**found, "threads_per_rank": config.threads, "environment_variables": variables}
+    return {**found, "threads_per_rank": config.threads}
 
 
 def _row(config: BenchConfig, length: int, runs: list[Run], peak: float) -> Row:
