@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from fullweight.core.errors import ConfigError
-from fullweight.devices import DEVICES
 from fullweight.doctor.config import DeviceConfig
 from fullweight.doctor.environment import meant_for, relevant, variables
 
@@ -37,6 +36,7 @@ class Applied:
 
 
 _EXCLUSIVE = {"PYTORCH_ALLOC_CONF": "PYTORCH_NPU_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF": "PYTORCH_ALLOC_CONF"}
+_PACKAGE = {"ascend": "torch_npu"}  # which reads variables when it is imported
 _DETERMINISTIC = {"ascend": ("HCCL_DETERMINISTIC", "true")}
 _last = [Applied()]
 _ours: dict[str, tuple[str, str | None]] = {}  # name: (what was set, what was there before)
@@ -120,8 +120,8 @@ def _unknown_for(name: str, device: str) -> bool:
 
 
 def _refuse_late(values: Mapping[str, str], device: str, environment: Mapping[str, str]) -> None:
-    package = next((name for name in DEVICES[device].packages if name in sys.modules), None)
-    if package is None:
+    package = _PACKAGE.get(device)
+    if package is None or package not in sys.modules:
         return
     late = [
         n for n, v in values.items() if n in variables() and variables()[n].at_start and environment.get(n) != v
