@@ -1,7 +1,7 @@
 """A state goes from one number of ranks to another and back without changing a bit.
 
 4 -> 2 -> 4 and 1 -> 2: each time the state is restored on the new ranks and written again, and the two generations
-are compared tensor by tensor. Then training goes on from one state on 1, 2 and 4 ranks.
+are compared tensor by tensor, and by their roots. Then training goes on from one state on 1, 2 and 4 ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fullweight.checkpoint import store
 from fullweight.checkpoint.compare import compare
 from fullweight.checkpoint.generations import OnCorrupt, choose, newest
 from fullweight.checkpoint.manifest import verify
+from fullweight.evidence.state_root import live_root, stored_root
 from fullweight.parallel.mesh import joined
 from fullweight.train import resuming
 from fullweight.train.assemble import assemble
@@ -51,7 +52,9 @@ def restore_and_write(arguments: list[str]) -> int:
         choice = choose(target) if target.exists() else resuming.choose(config, folder, OnCorrupt.refuse)
         run = assemble(config, folder, ranks, folder.tokenizer)
         run.state.restore(choice.generation)
-        store.save(target, run.state.tensors(), facts(run, None))
+        saved = store.save(target, run.state.tensors(), facts(run, None))
+        live = live_root(run.state.tensors(), run.state.position())
+        assert live == stored_root(verify(saved.path)), "in memory, on all ranks, and on the disk"
         run.state.loader.close()
     return 0
 
@@ -90,6 +93,10 @@ def test_the_state_is_bit_equal(path: tuple[int, ...], optimizer: str, tmp_path:
         found = compare(original, written)
         assert written.manifest.facts.world["ranks"] == ranks
         assert written.manifest.facts.position == original.manifest.facts.position
+        roots = stored_root(original), stored_root(written)
+        assert roots[0].parts["model"] == roots[1].parts["model"]
+        assert roots[0].parts["optimizer"] == roots[1].parts["optimizer"]
+        assert (roots[0] == roots[1]) == (ranks <= path[0]), "more ranks have more generators"
         new_generators = [f"random.rank_{rank}.cpu" for rank in range(path[0], ranks)]
         assert [d.name for d in found.tensors] == new_generators
         assert all(d.note == "only in the second" for d in found.tensors)

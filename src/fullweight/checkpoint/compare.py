@@ -6,7 +6,6 @@ equal NaNs are equal, zeros of different sign are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from fullweight.checkpoint import store
 from fullweight.checkpoint.manifest import Facts, Generation
 from fullweight.checkpoint.store import Stored
 
-_BATCH_BYTES = 256 << 20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -58,9 +56,9 @@ def compare(a: Generation, b: Generation) -> Comparison:
             comparable.append(name)
         else:
             differences.append(TensorDifference(name, note))
-    for batch in _batches(comparable, held[0]):
-        left, right = (_read(g, batch, held[0]) for g in (a, b))
-        differences += [d for name in batch if (d := difference(name, left[name], right[name])) is not None]
+    for (name, left), (_, right) in zip(store.stream(a, comparable), store.stream(b, comparable), strict=True):
+        if (found := difference(name, left, right)) is not None:
+            differences.append(found)
     return Comparison(len(names), differences, _facts(a.manifest.facts, b.manifest.facts))
 
 
@@ -110,23 +108,3 @@ def _not_comparable(a: Stored | None, b: Stored | None) -> str | None:
     if a.shape != b.shape:
         return f"shape {list(a.shape)} and {list(b.shape)}"
     return f"{a.dtype} and {b.dtype}" if a.dtype != b.dtype else None
-
-
-def _batches(names: list[str], held: dict[str, Stored]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    room = _BATCH_BYTES
-    for name in names:
-        size = torch.Size(held[name].shape).numel() * held[name].dtype.itemsize
-        if batch and size > room:
-            yield batch
-            batch, room = [], _BATCH_BYTES
-        batch.append(name)
-        room -= size
-    if batch:
-        yield batch
-
-
-def _read(generation: Generation, names: list[str], held: dict[str, Stored]) -> dict[str, Tensor]:
-    tensors = {name: torch.empty(held[name].shape, dtype=held[name].dtype) for name in names}
-    store.load(generation, tensors, complete=())
-    return tensors

@@ -44,6 +44,7 @@ State = Mapping[str, Tensor]
 
 _FILE_BYTES = 256 << 20  # a rank writes one file up to this size, then more, for hashing side by side
 _METADATA_ALLOWANCE = 1.02
+_BATCH_BYTES = 256 << 20  # read at a time by a stream
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,7 @@ def load(
     everywhere = frozenset(name for names in peers.gather(list(state)) for name in names)
     peers.together(lambda: _check_tensors(generation, state, everywhere, frozenset(complete)))
     crash_point("load.read")
-    try:
-        dcp.load(
-            dict(state),
-            storage_reader=dcp.FileSystemReader(generation.path),
-            process_group=peers.group,
-            no_dist=not dist.is_initialized(),
-        )
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise CheckpointError(f"{generation.path} was verified and then could not be read: {cause}") from None
+    _read(generation, state, peers)
 
 
 def contents(generation: Generation) -> dict[str, Stored]:
@@ -141,9 +133,49 @@ def contents(generation: Generation) -> dict[str, Stored]:
     }
 
 
+def stream(generation: Generation, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a verified generation by name, whole, in the order asked for, in this process alone.
+
+    No more are held than fit into 256 MB, or one that is larger.
+    """
+    held = contents(generation)
+    for batch in _batches(names, held):
+        tensors = {name: torch.empty(held[name].shape, dtype=held[name].dtype) for name in batch}
+        _read(generation, tensors, None)
+        yield from tensors.items()
+
+
 def local_bytes(state: State) -> int:
     """Bytes of this rank's part of `state`."""
     return sum(local.numel() * local.element_size() for local in map(local_part, state.values()))
+
+
+def _read(generation: Generation, state: State, peers: Peers | None) -> None:
+    """Fill the tensors of `state`; without peers, this process does it alone, whoever else there is."""
+    try:
+        dcp.load(
+            dict(state),
+            storage_reader=dcp.FileSystemReader(generation.path),
+            process_group=None if peers is None else peers.group,
+            no_dist=peers is None or not dist.is_initialized(),
+        )
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{generation.path} was verified and then could not be read: {cause}") from None
+
+
+def _batches(names: Iterable[str], held: Mapping[str, Stored]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    room = _BATCH_BYTES
+    for name in names:
+        size = math.prod(held[name].shape) * held[name].dtype.itemsize
+        if batch and size > room:
+            yield batch
+            batch, room = [], _BATCH_BYTES
+        batch.append(name)
+        room -= size
+    if batch:
+        yield batch
 
 
 def _begin(folder: Path, step: int) -> str:

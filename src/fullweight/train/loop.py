@@ -69,7 +69,7 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
 
     Started again by the launcher that began the run, it goes on with it (`restarting.py`).
     """
-    with _joined(config) as ranks:
+    with joined_for(config) as ranks:
         beginning: tuple[RunFolder, Beginning] | None = None
         with ranks.main_first_failure():
             if ranks.is_main:
@@ -100,7 +100,7 @@ def resume(
     """
     folder = RunFolder(root)
     config = changed(load_config(folder), overrides)
-    with _joined(config) as ranks:
+    with joined_for(config) as ranks:
         return _resume(config, folder, ranks, console, on_corrupt)
 
 
@@ -155,7 +155,7 @@ def _resume(
 
 
 @contextmanager
-def _joined(config: RunConfig) -> Iterator[Ranks]:
+def joined_for(config: RunConfig) -> Iterator[Ranks]:
     """The ranks of the run, on its device and in its mode."""
     applied = prepare(config)
     mode = deterministic(config.parallel.deterministic, find(config.train.device))
@@ -273,7 +273,7 @@ def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> boo
     total, state = run.config.train.num_steps, run.state
     with records.reporter.steps(state.step, total), older_objects_left_alone():
         while state.step < total and not run.ranks.any(stop.requested or saving.gave_up):
-            record = _one_step(run)
+            record = one_step(run)
             records.write("step", state.step, record)
             records.reporter.step(state.step, total, record)
             _warn_of_stragglers(run, records)
@@ -307,7 +307,8 @@ def _note_unreached(record: dict[str, Any], reporter: Reporter) -> None:
         )
 
 
-def _one_step(run: Run) -> dict[str, Any]:
+def one_step(run: Run) -> dict[str, Any]:
+    """Take the next step; what the ledger keeps of it. Nothing is written, and no policy is enforced."""
     with of(run.ranks.device).range(f"step {run.state.step + 1}"):
         return _timed_step(run)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests.unit.checkpoint.saved import facts, state
 
-from fullweight.checkpoint import compare as module
 from fullweight.checkpoint import store
 from fullweight.checkpoint.compare import compare, difference
 from fullweight.checkpoint.manifest import verify
@@ -26,7 +25,7 @@ def test_equal_states_are_equal(tmp_path: Path) -> None:
 
 def test_what_differs_is_named_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values against numbers worked out by hand; absent and reshaped tensors are told as such."""
-    monkeypatch.setattr(module, "_BATCH_BYTES", 1)  # every tensor in a batch of its own
+    monkeypatch.setattr(store, "_BATCH_BYTES", 1)  # every tensor in a batch of its own
     a, b = state(), state()
     a["model.w"] = torch.tensor([[3.0, 4.0]])
     b["model.w"] = torch.tensor([[3.0, 4.5]])
