@@ -4,17 +4,20 @@
 peak of their type, attention at the BF16 peak, memory-bound traffic at the memory's bandwidth, exchanges at the
 links' bandwidths, and launches as a number. `step_time` turns them into seconds with `Coefficients`, the same for
 every model, chip and run: what share of a peak each class of operator reaches, what share of each exchange is not
-hidden, how long a launch takes. They are fitted on published runs by `fullweight bench planner`.
+hidden, how long the host needs for a routed layer, how many watts a chip needs to hold its peak. They are fitted
+on published runs by `fullweight bench planner`.
 
 Matrix products come with a stage's imbalance; a pipeline adds its bubble, (p - 1) / (v m) of the work of a rank
-with v virtual stages and m micro-batches. Exchanges are counted without their latency except where many are small
-(tensor, context). Left out: contention between exchanges, slow ranks, a data loader that cannot keep up. Imports
-no torch.
+with v virtual stages and m micro-batches. Where the host has to know how many tokens go where (a plain exchange)
+it cannot run ahead of the device, and their times add up; else the slower one decides. Exchanges are counted
+without their latency except where many are small (tensor, context). Left out: contention between exchanges, slow
+ranks, a data loader that cannot keep up. Imports no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 
 from fullweight.planner.job import Job
 from fullweight.planner.topology import expert_routes, near_ranks
@@ -31,6 +34,7 @@ class Parts:
     gemm16: float
     gemm8: float
     gemm4: float
+    starved: float  # number: 1e12 FLOP/s of the BF16 peak a watt
     narrow: float  # 1 / width of a rank's products
     expert16: float
     expert8: float
@@ -38,10 +42,9 @@ class Parts:
     narrow_experts: float
     attention: float
     memory: float
-    quantise: float
     weights: float
-    host_passes: float  # number: passes of a routed layer, of all micro-batches
-    graphed: float  # levels of launch capture
+    host_passes: float  # number: passes of a routed layer that the host launches, of all micro-batches
+    synchronous: float  # 1 where the host waits for the device in every routed layer
     fused: float  # 1 where the whole step of a routed model is captured
     tensor: float
     context: float
@@ -63,10 +66,10 @@ class Coefficients:
     gemm_fp4: float = 0.5
     experts: float = 0.5  # of the efficiency of other matrix products
     attention: float = 0.4
+    watts: float = 0.5  # for 1e12 FLOP/s of the BF16 peak; with less, products slow down in proportion
     memory: float = 0.5
     narrow: float = 270.0  # width at which a product takes twice the time of a wide one
     host_ms: float = 3.2  # of a routed layer's pass, on the host
-    graphed: float = 0.5  # of it that is left with each level of launch capture
     fused: float = 0.75  # of a routed model's time on the device that is left where the whole step is captured
     tensor_exposed: float = 0.4
     expert_exposed: float = 0.4
@@ -101,48 +104,35 @@ class StepTime:
 def parts_of(job: Job) -> Parts:
     """What the job's busiest rank does in a step."""
     work, chip = job.work, job.chip
-    peak16 = chip.peaks["bf16"] * 1e12
-    peak = chip.peaks[job.precision] * 1e12
+    peak16, peak = chip.peaks["bf16"] * 1e12, chip.peaks[job.precision] * 1e12
     bandwidth = chip.memory_bandwidth * 1e9
-    slices = job.tensor * job.context
-    cells = job.data * slices * job.pipeline  # ranks
-    tokens = job.tokens / job.data / slices  # of a step through one rank's stage
-    passes, traffic = _PASSES[job.recompute], _TRAFFIC[job.recompute]
-    imbalance = _imbalance(job)
-    per_rank = job.tokens / cells * imbalance
+    tokens = job.tokens / job.data / (job.tensor * job.context)  # of a step through one rank's stage
+    passes = _PASSES[job.recompute]
+    per_rank = tokens / job.pipeline * _imbalance(job)
     gemm = per_rank * work.gemm_flops * passes / peak
     experts = per_rank * work.expert_flops * passes / peak * job.expert_skew
-    # backward of attention makes the scores again: 2.5 times forward; whole-block recomputation adds one more pass
-    attention = per_rank * work.attention_flops * (passes + 0.5) / peak16
-    layers = work.layers / job.pipeline
-    count = job.micro_batches
-    activations = layers * tokens * work.layer_bytes * traffic / bandwidth
-    if job.unfused_attention:
-        activations += layers * tokens * work.score_bytes * traffic / bandwidth
-    # inputs of products are whole on each tensor rank
-    activations += layers * tokens * (job.tensor - 1) * work.hidden * 2 * 4 * traffic / bandwidth
+    layers, count = work.layers / job.pipeline, job.micro_batches
     dense = work.dense_parameters / (job.pipeline * job.tensor)
     routed = work.expert_parameters / (job.pipeline * job.expert * job.expert_tensor)
-    quantise = 0.0 if job.precision == "bf16" else layers * tokens * work.hidden * 2 * 10 * traffic / bandwidth
     is16, is8, is4 = (float(job.precision == p) for p in ("bf16", "fp8", "fp4"))
-    routes = _exchange_seconds(job, tokens, layers)
     return Parts(
         gemm * is16,
         gemm * is8,
         gemm * is4,
+        chip.bf16_tflops / chip.power_w,
         job.tensor / work.hidden,
         experts * is16,
         experts * is8,
         experts * is4,
         job.expert_tensor / max(work.expert_width, 1),
-        attention,
-        activations,
-        quantise,
-        weights=count * (dense + routed) * 2 * passes / bandwidth,
-        host_passes=count * work.moe_layers / job.pipeline * 3,
-        graphed=float(job.graphed),
+        attention=_attention_flops(job, per_rank) / (peak if job.narrow_attention else peak16),
+        memory=_activation_bytes(job, tokens, layers) / bandwidth,
+        # weights are read in every pass, and a gradient of four bytes is read and written
+        weights=count * (dense + routed) * (2 * passes + 8) / bandwidth,
+        host_passes=count * work.moe_layers / job.pipeline * 3 * _LAUNCHES_LEFT[job.graphed],
+        synchronous=float(job.dispatch == "plain" and not job.hidden_exchange),
         fused=float(job.graphed > 1 and work.moe_layers > 0),
-        **routes,
+        **_exchange_seconds(job, tokens, layers),
         data=_data_seconds(job, dense, routed),
         optimizer=_optimizer_bytes(job, dense, routed) / bandwidth,
         host=_moment_bytes(job, dense, routed) * 2 / _HOST_BANDWIDTH if job.offload else 0.0,
@@ -150,9 +140,30 @@ def parts_of(job: Job) -> Parts:
     )
 
 
-_SHARP = 3
+_LAUNCHES_LEFT = (1.0, 0.5, 0.0)
+"""By level of capture. Half of a layer's launches lie outside of the captured parts: an assumption."""
 _HOST_BANDWIDTH = 25e9
 """bytes/s between a device and its host, one direction: an assumption (PCIe of the fourth generation, shared)."""
+_WIDE_HEAD = 128
+"""Width of a head below which the exponentials of attention, not its products, set the pace."""
+
+
+def _attention_flops(job: Job, tokens: float) -> float:
+    """Backward makes the scores again: 2.5 times forward; recomputation of whole blocks adds one more pass."""
+    slowed = max(1.0, _WIDE_HEAD / job.work.head_dim)
+    return tokens * job.work.attention_flops * slowed * (_PASSES[job.recompute] + 0.5)
+
+
+def _activation_bytes(job: Job, tokens: float, layers: float) -> float:
+    """Traffic of what is no matrix product, of one rank and step."""
+    work = job.work
+    each = work.layer_bytes
+    if job.unfused_attention:
+        each += work.score_bytes
+    if job.precision != "bf16":
+        each += work.input_bytes
+    each += (job.tensor - 1) * work.hidden * 2 * 4  # inputs of products are whole on each tensor rank
+    return layers * tokens * each * _TRAFFIC[job.recompute] + tokens / job.pipeline * work.head_bytes
 
 
 def _bubble(job: Job) -> float:
@@ -161,14 +172,33 @@ def _bubble(job: Job) -> float:
 
 
 def _imbalance(job: Job) -> float:
-    """The dearest rank's work over the mean."""
+    """The dearest rank's work over the mean; where stages are not said, those of the best cut of whole layers."""
     if job.pipeline == 1:
         return 1.0
-    costs, ranks = job.stage_costs, job.pipeline
-    if costs is not None:
-        loads = [sum(costs[r::ranks]) for r in range(ranks)]
-        return max(loads) * ranks / sum(loads)
-    return 1.0
+    costs = job.stage_costs or even_cut(job.work.stage_costs, job.pipeline * job.virtual)
+    loads = [sum(costs[r :: job.pipeline]) for r in range(job.pipeline)]
+    return max(loads) * job.pipeline / sum(loads)
+
+
+@cache
+def even_cut(costs: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """Costs of `count` runs of consecutive layers, the dearest as cheap as can be; empty runs come last."""
+    low, high = max(costs), sum(costs)
+    for _ in range(50):
+        limit = (low + high) / 2
+        low, high = (low, limit) if len(_runs(costs, limit)) <= count else (limit, high)
+    found = _runs(costs, high)
+    return tuple(found + [0.0] * (count - len(found)))
+
+
+def _runs(costs: tuple[float, ...], limit: float) -> list[float]:
+    """Costs of the longest runs of layers that stay below `limit`."""
+    found = [0.0]
+    for cost in costs:
+        if found[-1] + cost > limit:
+            found.append(0.0)
+        found[-1] += cost
+    return found
 
 
 def _exchange_seconds(job: Job, tokens: float, layers: float) -> dict[str, float]:
@@ -189,8 +219,8 @@ def _exchange_seconds(job: Job, tokens: float, layers: float) -> dict[str, float
         found["context"] = (
             volume / (link.bandwidth * 1e9) + layers * job.micro_batches * 3 * link.latency_us * 1e-6
         )
-    if job.expert > 1:
-        near, far = expert_routes(chip, job.expert, work.top_k)
+    if job.expert > 1 and not job.hidden_exchange:
+        near, far = expert_routes(chip, job.expert, work.top_k, grouped=job.dispatch == "fused")
         share = work.moe_layers / job.pipeline * tokens * width * (4 + 2 * extra) * job.expert_skew
         inner = chip.link(near_ranks(chip, job.expert))
         found["expert_near"] = share * near / (inner.bandwidth * 1e9)
@@ -223,6 +253,10 @@ def _optimizer_bytes(job: Job, dense: float, routed: float) -> float:
     return 28 / 8 * _moment_bytes(job, dense, routed)
 
 
+_CORNER = 8
+"""How sharply a chip goes from its full clock to one that its power allows."""
+
+
 def step_time(parts: Parts, c: Coefficients) -> StepTime:
     """Seconds of a step. Works on arrays too, one entry for each job."""
     left = 1 - (1 - c.fused) * parts.fused
@@ -231,15 +265,17 @@ def step_time(parts: Parts, c: Coefficients) -> StepTime:
     compute += (parts.gemm8 * thin + parts.expert8 * thin_experts) / c.gemm_fp8
     compute += (parts.gemm4 * thin + parts.expert4 * thin_experts) / c.gemm_fp4
     compute += parts.attention / c.attention
-    memory = (parts.memory + parts.quantise + parts.weights) / c.memory * left
+    compute *= (1 + (c.watts * parts.starved) ** _CORNER) ** (1 / _CORNER)
+    memory = (parts.memory + parts.weights) / c.memory * left
     tensor = parts.tensor * c.tensor_exposed
     context = parts.context * c.tensor_exposed
     expert = (parts.expert_near + parts.expert_far) * c.expert_exposed
     pipeline = parts.pipeline * c.tensor_exposed
     device = compute + memory + tensor + context + expert
-    host = parts.host_passes * c.host_ms * 1e-3 * c.graphed**parts.graphed
-    # whichever of host and device is slower sets the pace, softly: micro-batches differ
-    launch = (device**_SHARP + host**_SHARP) ** (1 / _SHARP) - device
+    host = parts.host_passes * c.host_ms * 1e-3
+    # the slower of host and device sets the pace, softly, since micro-batches differ; where the host waits for the
+    # device in every layer, one works after the other
+    launch = parts.synchronous * host + (1 - parts.synchronous) * ((device**2 + host**2) ** 0.5 - device)
     return StepTime(
         compute=compute,
         memory_bound=memory,

@@ -5,9 +5,9 @@ with a loss that grows linearly beyond 10 % so that single odd rows do not decid
 are usual (`PRIOR`), without which terms that no run shows would be arbitrary. A group of many rows weighs less
 than its number, routed models more than dense ones, since they are what the planner is for.
 
-Cross-validation leaves out one group at a time (`published.py`). Beside it stands a null model: one MFU for each
-chip and matrix type, the geometric mean of its runs; under cross-validation it takes the runs of other groups on
-that chip and type, or all other runs where there is none. Imports no torch.
+Cross-validation leaves out one group at a time (`published.py`), and, harder, one document at a time. Beside it
+stands a null model: one MFU for each chip and matrix type, the geometric mean of its runs; under cross-validation
+it takes the runs of other groups on that chip and type, or all other runs where there is none. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 
 from fullweight.planner.cost import Coefficients, Parts, parts_of, step_time
+from fullweight.planner.job import Job
 from fullweight.planner.published import Case
 
 PRIOR = Coefficients()
@@ -30,16 +31,16 @@ _BOUNDS = {
     "gemm_fp4": (0.15, 0.95),
     "experts": (0.2, 1.0),
     "attention": (0.1, 0.95),
+    "watts": (0.2, 1.5),
     "memory": (0.1, 1.0),
     "narrow": (1.0, 2000.0),
     "host_ms": (0.1, 20.0),
-    "graphed": (0.05, 1.0),
     "fused": (0.2, 1.0),
     "tensor_exposed": (0.02, 3.0),
     "expert_exposed": (0.02, 10.0),
     "data_exposed": (0.01, 2.0),
 }
-_PULL, _ROUTED_WEIGHT, _LINEAR_FROM = 0.2, 2.5, 0.1
+_PULL, _ROUTED_WEIGHT, _LINEAR_FROM = 0.2, 2.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,24 @@ class Judgement:
     case: Case
     fitted: float
     unseen: float  # with the case's group left out
+    source_unseen: float  # with all of the case's document left out
     null: float
     null_unseen: float
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """One case that had no part in the fit. Errors are predicted over measured, minus 1."""
+
+    case: Case
+    seconds: float
+    error: float
+    null: float
+
+
+@dataclass(frozen=True)
 class Order:
-    """Layouts of one model, chip, number of ranks and batch: the planner's first choice and ranks."""
+    """Measured layouts of one model, chip, number of ranks and batch: the planner's first choice and ranks."""
 
     name: str
     num_layouts: int
@@ -102,6 +114,14 @@ class _Table:
         found: np.ndarray = solution.x
         return found
 
+    def unseen(self, groups: np.ndarray) -> np.ndarray:
+        """What each case is missed by, as a logarithm, by a fit without its group."""
+        found = np.zeros(len(groups))
+        for group in sorted(set(groups)):
+            inside = groups == group
+            found[inside] = self.predicted(self.fit(~inside), inside) - self.measured[inside]
+        return found
+
 
 def fit(cases: Sequence[Case]) -> Coefficients:
     """The coefficients that suit all cases, to four digits."""
@@ -116,39 +136,59 @@ def judge(cases: Sequence[Case], coefficients: Coefficients) -> list[Judgement]:
     everything = np.ones(len(cases), dtype=bool)
     given = np.log([getattr(coefficients, n) for n in Coefficients.names()])
     fitted = table.predicted(given, everything) - table.measured
-    unseen, null, null_unseen = (np.zeros(len(cases)) for _ in range(3))
+    null, null_unseen = np.zeros(len(cases)), np.zeros(len(cases))
+    source_unseen = table.unseen(np.array([case.source for case in cases]))
+    unseen = table.unseen(table.groups)
     for group in sorted(set(table.groups)):
         inside = table.groups == group
-        unseen[inside] = table.predicted(table.fit(~inside), inside) - table.measured[inside]
         for i in np.flatnonzero(inside):
             alike = (table.keys == table.keys[i]) & ~inside
             null_unseen[i] = table.mfu[i] - table.mfu[alike if alike.any() else ~inside].mean()
     for key in set(table.keys):
         rows = table.keys == key
         null[rows] = table.mfu[rows] - table.mfu[rows].mean()
-    columns = (np.exp(x) - 1 for x in (fitted, unseen, null, null_unseen))
+    columns = (np.exp(x) - 1 for x in (fitted, unseen, source_unseen, null, null_unseen))
     return [Judgement(case, *map(float, values)) for case, *values in zip(cases, *columns, strict=True)]
 
 
+def predict(cases: Sequence[Case], coefficients: Coefficients, known: Sequence[Case]) -> list[Prediction]:
+    """Cases under given coefficients, beside the null model of the runs that are known."""
+    table = _Table(known)
+    found = []
+    for case in cases:
+        seconds = step_time(parts_of(case.job), coefficients).total
+        alike = table.keys == f"{case.job.chip.name} {case.job.precision}"
+        null = np.log(case.mfu) - table.mfu[alike if alike.any() else slice(None)].mean()
+        found.append(Prediction(case, seconds, seconds / case.seconds - 1, float(np.exp(null) - 1)))
+    return found
+
+
 def orders(judgements: Sequence[Judgement]) -> list[Order]:
-    """Sets of at least three measured layouts of one job, by predictions that have not seen them."""
+    """Sets of measured layouts, at least two, of one job, by predictions that have not seen them."""
     sets: dict[str, list[Judgement]] = {}
     for judgement in judgements:
-        job, group = judgement.case.job, judgement.case.group
+        job = judgement.case.job
         name = (
-            f"{group}: {job.work.name} on {job.ranks} {job.chip.name}, batch {job.global_batch}, {job.precision}"
+            f"{judgement.case.source}: {job.work.name} on {job.ranks} {job.chip.name}, {job.global_batch} rows of "
+            f"{job.sequence}, {judgement.case.recipe or job.precision}"
         )
         sets.setdefault(name, []).append(judgement)
     found = []
     for name, members in sets.items():
-        layouts = {(j.case.job.tensor, j.case.job.pipeline, j.case.job.micro_batch) for j in members}
-        if len(layouts) < 3:
+        num_layouts = len({_layout(j.case.job) for j in members})
+        if num_layouts < 2:
             continue
         measured = np.array([j.case.seconds for j in members])
         predicted = measured * (1 + np.array([j.unseen for j in members]))
         first = measured[int(predicted.argmin())] / measured.min()
-        found.append(Order(name, len(members), float(first), float(spearmanr(predicted, measured).statistic)))
+        correlation = float(spearmanr(predicted, measured).statistic)
+        found.append(Order(name, num_layouts, float(first), correlation))
     return found
+
+
+def _layout(job: Job) -> tuple[object, ...]:
+    sizes = (job.tensor, job.context, job.pipeline, job.virtual, job.expert, job.micro_batch)
+    return (*sizes, job.recompute, job.shard_parameters)
 
 
 def mean_error(values: Sequence[float]) -> float:

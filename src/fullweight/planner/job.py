@@ -19,6 +19,9 @@ class Job:
     `shard_parameters`: parameters are gathered and gradients reduced over data ranks (FSDP); else both once a
     step.
 
+    `dispatch`: a fused exchange sends a token once to each rank, or to each group of near ones, and needs no
+    numbers on the host; a plain one sends a copy for each expert, and the host waits for their numbers.
+
     Ranks count tensor fastest, then context, data, pipeline; experts lie on consecutive ranks of a stage.
     """
 
@@ -43,7 +46,10 @@ class Job:
     overlapped_bubble: bool = False  # DualPipe and zero-bubble schedules: half of the bubble is filled
     stage_costs: tuple[float, ...] | None = None  # forward FLOPs of a token by stage; even when absent
     expert_skew: float = 1.0  # load of the fullest expert rank over the mean
-    graphed: int = 0  # 0: every kernel is launched; 1: parts of a layer are captured; 2: the whole step
+    graphed: int = 0  # 0: every kernel is launched; 1: parts of a layer are captured; 2: the whole step, and fused
+    dispatch: Literal["fused", "plain"] = "fused"
+    hidden_exchange: bool = False  # tokens travel while another micro-batch computes
+    narrow_attention: bool = False  # attention's products have the precision of the others
     unfused_attention: bool = False  # scores are written to memory, as before FlashAttention
 
     @property

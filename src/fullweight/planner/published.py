@@ -6,8 +6,8 @@ performance summary, and vTrain's measurements. A row is a case when its model, 
 known. It is rejected when they are not, and when its figures contradict each other: tokens/s times FLOPs a token
 has to be the FLOP/s that the row states (within `TOLERANCE`). Imports no torch.
 
-A group is what cross-validation leaves out together: all rows of one document, or, of the large performance
-summary, all rows of one model.
+A group is what cross-validation leaves out together: all rows of one document (`source`), or, of the large
+performance summary, all rows of one model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import csv
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,6 +27,7 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.planner.chips import chip
 from fullweight.planner.job import Job, Precision, Recompute
 from fullweight.planner.shapes import Shape, Work, work_of, work_of_v4
+from fullweight.planner.software import Software, software
 
 TOLERANCE = 0.10
 
@@ -39,12 +40,18 @@ class Case:
     group: str
     job: Job
     seconds: float
+    recipe: str = ""  # what the document calls its precision, where it tells several apart
 
     @property
     def mfu(self) -> float:
         """Model FLOPs over the dense peak of the run's matrix type."""
         peak = self.job.chip.peaks[self.job.precision] * 1e12 * self.job.ranks
         return self.job.work.training_flops * self.job.tokens / self.seconds / peak
+
+    @property
+    def source(self) -> str:
+        """The document; all of Megatron-Bridge's table is one."""
+        return "bridge" if self.group.startswith("bridge ") else self.group
 
     @property
     def kind(self) -> Literal["dense", "moe"]:
@@ -80,32 +87,23 @@ def family_work(name: str, sequence: int) -> Work:
 
 
 def load(folder: Path | None = None) -> tuple[list[Case], list[Rejected]]:
-    """(cases, rejected rows) of the three tables in `folder`, or of those that come with the package."""
+    """(cases, rejected rows) of those of the three tables that are in `folder`, or of those of the package."""
     cases: list[Case] = []
     rejected: list[Rejected] = []
-    for file, read in (
-        ("published_runs.csv", _mixed),
-        ("megatron_bridge.csv", _bridge),
-        ("vtrain_multi.csv", _vtrain),
-    ):
-        for number, row in enumerate(_rows(folder, file), 2):
+    tables = {"published_runs.csv": _mixed, "megatron_bridge.csv": _bridge, "vtrain_multi.csv": _vtrain}
+    where = resources.files("fullweight.planner").joinpath("runs") if folder is None else folder
+    there = [file for file in tables if where.joinpath(file).is_file()]
+    if not there:
+        raise ConfigError(f"{where} holds none of {', '.join(tables)}; give the folder of such tables")
+    for file in there:
+        lines = where.joinpath(file).read_text(encoding="utf-8").splitlines()
+        for number, row in enumerate(csv.DictReader(lines), 2):
             label = f"{file}:{number}"
             try:
-                cases += list(read(row, label))
+                cases += list(tables[file](row, label))
             except UnusableError as reason:
                 rejected.append(Rejected(label + " " + _label(row), str(reason)))
     return cases, rejected
-
-
-def _rows(folder: Path | None, file: str) -> list[dict[str, str]]:
-    where = resources.files("fullweight.planner").joinpath("runs") if folder is None else folder
-    try:
-        text = where.joinpath(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{where}/{file} cannot be read ({error.strerror}); give the folder of the tables"
-        ) from None
-    return list(csv.DictReader(text.splitlines()))
 
 
 def _label(row: dict[str, str]) -> str:
@@ -181,9 +179,10 @@ def _bridge(row: dict[str, str], label: str) -> Iterator[Case]:
     fsdp = int(row["FSDP"] or 0)
     rate = _number(row["Tokens / sec / GPU"], "tokens/s")
     stated = float(re.split(r"[ \[]", row["Model TFLOP / sec / GPU"])[0])
+    system = row["System"].removeprefix("DGX-")
     job = Job(
         work=work,
-        chip=chip(row["System"].removeprefix("DGX-").lower()),
+        chip=chip(system.lower()),
         ranks=ranks,
         sequence=sequence,
         global_batch=batch,
@@ -196,21 +195,11 @@ def _bridge(row: dict[str, str], label: str) -> Iterator[Case]:
         shard_parameters=fsdp > 1,
         recompute="none",
         precision=_PRECISIONS[precision],
-        graphed=_graphed(row["System"], _release_year(row["container"])),
+        **asdict(software(model, system, row["container"])),
     )
-    yield _checked(
-        f"{label} {model} {row['System']}", f"bridge {family}", job, batch * sequence / rate / ranks, stated
-    )
-
-
-def _graphed(system: str, year: float) -> int:
-    """Launch capture of NVIDIA's MoE stack: parts of a layer on the NVL72 racks, the whole step from 26.06 on."""
-    return 0 if not re.search("GB[23]00", system) else 1 + (year > 2026.4)
-
-
-def _release_year(container: str) -> float:
-    year, month = container.split(".")[:2]
-    return 2000 + int(year) + (int(month) - 0.5) / 12
+    group = f"bridge {family.removesuffix('-no-mtp')}"
+    case = _checked(f"{label} {model} {row['System']}", group, job, batch * sequence / rate / ranks, stated)
+    yield replace(case, recipe=precision)
 
 
 @cache
@@ -264,8 +253,6 @@ _MOST_BUBBLE = 0.2
 _FUSED_SINCE = 2022.8
 """When FlashAttention came into training frameworks."""
 _YEARS = {
-    "v4flash": 2026.4,
-    "v4pro": 2026.5,
     "mlm21": 2021.3,
     "seqsel": 2022.3,
     "megascale": 2023.8,
@@ -273,6 +260,23 @@ _YEARS = {
     "llama405": 2024.2,
     "mlperf51": 2025.7,
 }
+
+
+_RELEASES = {
+    "v4flash-gb300": "26.04",
+    "v4pro-gb300": "26.05",
+    "dsv3-gb200-256": "26.08",
+    "dsv3-h100-1024": "25.09",
+}
+"""Of Megatron-Bridge; a card of DeepSeek-V3 stands beside the table of 26.08."""
+
+
+def _mixed_software(row: dict[str, str], overlapped: bool) -> Software:
+    if row["id"] in _RELEASES:
+        model = row["model"].replace("DeepSeek-V3", "DeepSeekV3")
+        return software(model, row["chip"], _RELEASES[row["id"]])
+    # torchtitan-npu sends a copy of each token for each expert; DualPipe hides the exchange behind other work
+    return Software(dispatch="plain" if "Ascend" in row["chip"] else "fused", hidden_exchange=overlapped)
 
 
 def _mixed(row: dict[str, str], label: str) -> Iterator[Case]:
@@ -317,7 +321,7 @@ def _mixed(row: dict[str, str], label: str) -> Iterator[Case]:
             recompute=recompute,
             precision=_PRECISIONS.get(precision, "bf16"),
             overlapped_bubble=overlapped,
-            graphed=_graphed(row["chip"], year),
+            **asdict(_mixed_software(row, overlapped)),
             unfused_attention=year < _FUSED_SINCE,
         )
         yield _checked(f"{label} {name} {recompute}", _group(name), job, seconds, stated)

@@ -172,6 +172,7 @@ class Planner:
             recompute=parallel.recompute,
             overlapped_bubble=parallel.schedule in {"zero_bubble", "zbv"},
             stage_costs=self._stage_costs(parallel),
+            dispatch="plain",  # parallel/expert.py sends every choice, and its numbers are read on the host
             expert_skew=request.skew if layout.expert > 1 else 1.0,
         )
 

@@ -62,9 +62,12 @@ class Work:
     top_k: int
     moe_layers: int
     layer_bytes: float  # traffic of memory-bound operations, one token, one layer, forward
+    head_bytes: float  # traffic of the logits and the loss, one token, forward and backward
+    input_bytes: float  # traffic of making the inputs of a layer's products narrower, one token, forward
     score_bytes: (
         float  # traffic of one layer's attention scores, one token, forward, where they are not fused away
     )
+    head_dim: int
     expert_width: int  # of one expert's products
     stage_costs: tuple[float, ...]  # forward FLOPs of each layer; the last one with all that follows it
 
@@ -116,8 +119,17 @@ def work_of(shape: Shape, sequence: int) -> Work:
         top_k=shape.top_k,
         moe_layers=moe_total,
         layer_bytes=2.0 * (14 * d + 4 * shape.heads * shape.head_dim + (3 if shape.gated else 2) * ffn_traffic),
+        head_bytes=16.0 * shape.vocab * (1 + extra_layers),
+        # read as two bytes, written as one in each of two orders
+        input_bytes=4.0
+        * (
+            2 * d
+            + shape.heads * shape.head_dim
+            + ((shape.top_k * (d + shape.expert_ffn)) if moe_layers else d + shape.ffn)
+        ),
         # written as scores, read and written by scale with mask, by softmax and by dropout, and read again
         score_bytes=2.0 * 5 * shape.heads * sequence,
+        head_dim=shape.head_dim,
         expert_width=shape.expert_ffn,
         stage_costs=(*costs[:-1], costs[-1] + last),
     )
@@ -134,6 +146,8 @@ def work_of_v4(config: DeepSeekV4Config, sequence: int) -> Work:
     attention = sum(flops[k] for k in ("window_attention", "csa_attention", "hca_attention", "indexer_scores"))
     total = sum(flops.values())
     layers, rest = layer_flops(config, [sequence])
+    # a query's selected entries are gathered for itself alone
+    gathered = flops["csa_attention"] / (4 * heads) / sequence / config.num_hidden_layers
     f, k, n = config.moe_intermediate_size, config.num_experts_per_tok, config.hc_mult
     return Work(
         name="deepseek-v4",
@@ -148,8 +162,11 @@ def work_of_v4(config: DeepSeekV4Config, sequence: int) -> Work:
         top_k=k,
         moe_layers=blocks,
         # four streams are read and written by each of two hyper-connections, beside what every block does
-        layer_bytes=2.0 * (14 * d + 8 * n * d + 4 * heads * c + 3 * (k * (f + d) + f)),
+        layer_bytes=2.0 * (14 * d + 8 * n * d + 4 * heads * c + gathered + 3 * (k * (f + d) + f)),
+        head_bytes=16.0 * config.vocab_size * (1 + blocks - config.num_hidden_layers),
+        input_bytes=4.0 * (2 * d + heads * c + k * (d + f)),
         score_bytes=2.0 * 5 * heads * (config.sliding_window + config.index_topk),
+        head_dim=c,
         expert_width=f,
         stage_costs=(*(x / sequence for x in layers[:-1]), (layers[-1] + rest) / sequence),
     )

@@ -42,14 +42,17 @@ def near_ranks(chip: Chip, span: int) -> int:
     return min(span, max(fast, default=1))
 
 
-def expert_routes(chip: Chip, expert: int, top_k: int) -> tuple[float, float]:
-    """(copies of a token that stay on fast links, that leave them): sent once to each group of near ranks.
+def expert_routes(chip: Chip, expert: int, top_k: int, *, grouped: bool = True) -> tuple[float, float]:
+    """(copies of a token that stay on fast links, that leave them).
 
-    With uniform routing a token's K experts lie on G (1 - (1 - 1/G)^K) of G groups in the mean.
+    `grouped`: once to each group of near ranks, and there once to each rank; else one for each expert. With
+    uniform routing a token's K experts lie on G (1 - (1 - 1/G)^K) of G groups in the mean.
     """
     if expert <= 1 or top_k == 0:
         return 0.0, 0.0
     near = near_ranks(chip, expert)
+    if not grouped:
+        return top_k * (near - 1) / expert, top_k * (expert - near) / expert
     groups = -(-expert // near)
     reached = groups * (1 - (1 - 1 / groups) ** top_k)
     away = reached * (groups - 1) / groups if groups > 1 else 0.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.planner.chips import Chip, chip, chip_names
 from fullweight.planner.coefficients import calibration
-from fullweight.planner.cost import parts_of, step_time
+from fullweight.planner.cost import even_cut, parts_of, step_time
 from fullweight.planner.job import Job
 from fullweight.planner.published import family_work
 from fullweight.planner.shapes import work_of_v4
@@ -98,6 +98,35 @@ def test_expert_exchange_goes_once_to_each_group() -> None:
     assert 0 < near < 7
     near, far = expert_routes(chip("h100"), 64, 6)
     assert far == pytest.approx(8 * (1 - (7 / 8) ** 6) * 7 / 8)  # of 8 nodes, one's own left out
+
+
+def test_a_plain_exchange_sends_a_copy_for_each_expert() -> None:
+    """6 choices over 64 ranks, 8 to a node: 7/64 of them go to near ranks and 56/64 to far ones."""
+    assert expert_routes(chip("h100"), 64, 6, grouped=False) == pytest.approx((6 * 7 / 64, 6 * 56 / 64))
+
+
+def test_the_best_cut_of_layers_by_hand() -> None:
+    """Five layers in two runs: 3 + 1 and 2 + 2 + 1 is best of all cuts in order."""
+    assert even_cut((3.0, 1.0, 2.0, 2.0, 1.0), 2) == pytest.approx((4.0, 5.0))
+    assert even_cut((1.0, 1.0), 4) == pytest.approx((1.0, 1.0, 0.0, 0.0))
+
+
+def test_a_host_that_waits_adds_its_time() -> None:
+    """Otherwise the slower of host and device sets the pace, so that less is added."""
+    fused = Job(PRO, chip("h100"), 512, 4096, 1024, tensor=1, pipeline=8, expert=64)
+    plain = replace(fused, dispatch="plain")
+    coefficients = calibration().coefficients
+    waits = step_time(parts_of(plain), coefficients).launch
+    assert waits == pytest.approx(parts_of(plain).host_passes * coefficients.host_ms * 1e-3)
+    assert step_time(parts_of(fused), coefficients).launch < waits
+    assert step_time(parts_of(replace(fused, graphed=2)), coefficients).launch == 0
+
+
+def test_a_chip_with_too_few_watts_is_slower() -> None:
+    starved = chip("gb200").model_copy(update={"power_w": 600.0})
+    jobs = [Job(PRO, c, 256, 4096, 1024, expert=64) for c in (chip("gb200"), starved)]
+    fast, slow = (step_time(parts_of(job), calibration().coefficients).compute for job in jobs)
+    assert slow > 1.5 * fast
 
 
 @pytest.mark.parametrize("name", chip_names())

@@ -11,8 +11,9 @@ from tests.processes import fullweight
 from fullweight.core.errors import ConfigError
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import Coefficients
-from fullweight.planner.fit import fit, judge, mean_error, orders
+from fullweight.planner.fit import fit, judge, mean_error, orders, predict
 from fullweight.planner.published import load
+from fullweight.planner.software import Software, software
 
 CASES, REJECTED = load()
 JUDGEMENTS = judge(CASES, calibration().coefficients)
@@ -36,23 +37,58 @@ def test_the_shipped_coefficients_are_those_of_the_shipped_runs() -> None:
 
 
 def test_errors_against_the_null_model() -> None:
-    """What docs/plan.md says: half the null model's error, 12 % on routed models seen; unseen ones are worse."""
+    """What docs/plan.md says: less than half the null model's error, at most 12 % on routed models, unseen too."""
     routed = [j for j in JUDGEMENTS if j.case.kind == "moe"]
     assert mean_error([j.unseen for j in JUDGEMENTS]) <= 0.5 * mean_error([j.null for j in JUDGEMENTS])
-    assert mean_error([j.fitted for j in JUDGEMENTS]) <= 0.11
-    assert mean_error([j.fitted for j in routed]) <= 0.12
-    assert mean_error([j.unseen for j in routed]) <= 0.26
+    assert mean_error([j.fitted for j in JUDGEMENTS]) <= 0.10
+    assert mean_error([j.fitted for j in routed]) <= 0.10
+    assert mean_error([j.unseen for j in routed]) <= 0.12
+    assert mean_error([j.source_unseen for j in routed]) <= 0.17
+    assert mean_error([j.source_unseen for j in JUDGEMENTS]) <= 0.5 * mean_error([j.null for j in JUDGEMENTS])
 
 
 def test_first_choices_are_within_five_percent_of_the_best_measured() -> None:
     found = orders(JUDGEMENTS)
-    assert len(found) == 4
-    assert all(order.first_over_best <= 1.05 for order in found)
-    assert all(order.rank_correlation > 0.7 for order in found)
+    assert len(found) >= 10
+    assert max(order.first_over_best for order in found) <= 1.05
+    many = [order for order in found if order.num_layouts > 4]
+    assert len(many) == 4
+    assert all(order.rank_correlation > 0.7 for order in many)
+
+
+def test_a_source_is_wider_than_a_group() -> None:
+    assert {case.source for case in CASES if "megatron_bridge" in case.name} == {"bridge"}
+    assert len({case.group for case in CASES if case.source == "bridge"}) > 5
+
+
+def test_what_a_release_used() -> None:
+    """Of the last line that suits; a model without one takes what most recipes do there."""
+    assert software("DeepSeekV3 (w/o MTP)", "GB300", "25.11") == Software()
+    full = software("DeepSeekV3", "GB300", "26.06.01")
+    assert (full.graphed, full.hidden_exchange, full.narrow_attention) == (2, True, True)
+    assert software("Qwen3_235B_a22B", "B300", "26.02").dispatch == "plain"
+    assert software("Mixtral 8x7B", "GB200", "26.04") == Software(graphed=1)
+    assert software("Mixtral 8x7B", "H100", "26.04") == Software()
+
+
+def test_runs_of_ones_own_are_predicted_without_a_fit(tmp_path: Path) -> None:
+    """The coefficients of the package, whatever the runs say: ten times the rate is ten times too slow."""
+    (tmp_path / "vtrain_multi.csv").write_text(
+        "Parameters (billion),# GPUs,global batch,micro batch,hidden size,attention heads,# layers,"
+        "sequence length,tensor parallelism,data parallelism,pipeline parallelism,iteration time (ms)\n"
+        "3.6,64,512,8,3072,32,30,2048,1,64,1,3566.5\n3.6,64,512,8,3072,32,30,2048,1,64,1,356.65\n"
+    )
+    cases, _ = load(tmp_path)
+    right, wrong = predict(cases, calibration().coefficients, CASES)
+    assert wrong.seconds == right.seconds
+    assert wrong.error + 1 == pytest.approx(10 * (right.error + 1))
+    result = fullweight("bench", "planner", "--unseen", tmp_path)
+    assert result.ok
+    assert "all: 2 runs, mean error" in result.output
 
 
 def test_a_folder_without_tables_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"published_runs\.csv cannot be read"):
+    with pytest.raises(ConfigError, match=r"holds none of published_runs\.csv"):
         load(tmp_path)
 
 
