@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from fullweight.checkpoint import generations
 from fullweight.checkpoint.hashing import FileDigest, HashingWriter, digests
 from fullweight.checkpoint.manifest import CorruptError, Facts, Generation, Manifest, write_manifest
+from fullweight.checkpoint.metadata import PlanReader
 from fullweight.checkpoint.peers import Peers
 from fullweight.core import durable
 from fullweight.core.crash import crash_point
@@ -125,7 +126,7 @@ def load(
 
 def contents(generation: Generation) -> dict[str, Stored]:
     """Name, shape and dtype of every tensor of a generation, read from its plan alone."""
-    entries = dcp.FileSystemReader(generation.path).read_metadata().state_dict_metadata
+    entries = PlanReader(generation.path).read_metadata().state_dict_metadata
     return {
         name: Stored(tuple(entry.size), entry.properties.dtype)
         for name, entry in entries.items()
@@ -155,7 +156,7 @@ def _read(generation: Generation, state: State, peers: Peers | None) -> None:
     try:
         dcp.load(
             dict(state),
-            storage_reader=dcp.FileSystemReader(generation.path),
+            storage_reader=PlanReader(generation.path),
             process_group=None if peers is None else peers.group,
             no_dist=peers is None or not dist.is_initialized(),
         )
