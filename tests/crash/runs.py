@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from tests.processes import Ended, fullweight
 from fullweight.checkpoint.generations import choose, listed
 from fullweight.checkpoint.manifest import verify
 from fullweight.core.crash import VARIABLE
+from fullweight.evidence.ledger import read
 
 RECIPE = "recipes/tiny_smoke.toml"
 SETTINGS = [
@@ -40,7 +40,7 @@ def resume(folder: Path, ranks: int = 1, *options: str, crash: str = "") -> Ende
 
 def lines(folder: Path, kind: str = "step") -> list[dict[str, Any]]:
     """Ledger lines of one kind."""
-    entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    entries = list(read(folder / "ledger.jsonl"))
     return [entry for entry in entries if entry["kind"] == kind]
 
 

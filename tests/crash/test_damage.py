@@ -131,7 +131,7 @@ def test_damage_is_refused_and_the_previous_one_continues(
     assert "passed over" in again.output
     assert_same_in_the_end(damaged, whole(2))
     [event] = [e for e in lines(damaged, "event") if e["what"] == "resume"]
-    assert (event["generation"], event["dropped_steps"]) == ("step-6", 2)
+    assert (event["generation"], event["superseded_steps"]) == ("step-6", 2)
     assert said in event["refused"][0]["reason"]
 
 

@@ -14,6 +14,7 @@ from tests.device.conftest import PRESENT
 from tests.processes import ROOT, fullweight
 
 from fullweight.devices import DEVICES, Device, find, of, separate
+from fullweight.evidence.ledger import read
 from fullweight.parallel.deterministic import deterministic
 
 MIB = 1 << 20
@@ -168,7 +169,7 @@ def test_a_run_trains_on_it_and_says_so(name: str, tmp_path: Path) -> None:
     ended = fullweight("train", ROOT / "recipes" / "tiny_smoke.toml", "--output", run, *settings)
     assert ended.ok, ended.output
     assert f"device: {name} ({find(name).chip()})" in ended.output
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     assert [line["device"]["name"] for line in lines if line.get("what") == "start"] == [name]
     steps = [line for line in lines if line["kind"] == "step"]
     assert len(steps) == 2

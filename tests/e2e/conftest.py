@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fullweight.evidence.ledger import read
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "tiny_smoke.toml"
@@ -36,5 +37,5 @@ def fullweight() -> Command:
 
 def ledger(run: Path, kind: str = "step") -> list[dict[str, Any]]:
     """The lines of one kind in a run's ledger."""
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     return [line for line in lines if line["kind"] == kind]

@@ -15,6 +15,7 @@ import pytest
 from tests.processes import ROOT, fullweight
 
 from fullweight.cli.main import main
+from fullweight.evidence.ledger import read
 
 SMOKE = ROOT / "recipes" / "tiny_smoke.toml"
 DEEP = b"[" * 200_000
@@ -186,7 +187,7 @@ def test_truncated_and_dropped_samples_are_counted_everywhere(
     run = tmp_path / "run"
     ended = fullweight("train", SMOKE, "--output", run, *QUICK, *sets)
     assert ended.ok, ended.output
-    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    ledger = list(read(run / "ledger.jsonl"))
     [found] = next(line["data"] for line in ledger if line.get("what") == "start")
     assert tuple(found["train"][name] for name in names) == counts
     told = "3 truncated, 0 dropped as too long, 1 dropped without a trained token"

@@ -96,7 +96,7 @@ def test_resuming_in_a_fresh_process_is_bit_exact(
         one, other = ([{k: e[k] for k in keys} for e in ledger(r, kind)] for r in (whole, died))
         assert one == other
     [event] = [e for e in ledger(died, "event") if e["what"] == "resume"]
-    assert (event["generation"], event["dropped_steps"]) == ("step-3", 3)
+    assert (event["generation"], event["superseded_steps"]) == ("step-3", 3)
     for part in ("export", "checkpoints/step-6"):
         for path in (whole / part).glob("*"):
             if path.suffix in (".distcp", ".safetensors"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fullweight.evidence.ledger import read
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import to_published
 from fullweight.models.deepseek_v4.init import initialise
@@ -41,7 +42,7 @@ def command(ranks: int, *arguments: str | Path) -> str:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     return [line for line in lines if line["kind"] == "step"]
 
 

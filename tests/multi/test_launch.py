@@ -6,13 +6,14 @@ else the default of minutes. No test looks at a clock.
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.processes import Ended, fullweight
+
+from fullweight.evidence.ledger import read
 
 RECIPE = "recipes/tiny_smoke.toml"
 SETTINGS = ["train.num_steps=8", "train.precision=fp32", "train.peak_flops_per_second=1e12", "eval.every=8"]
@@ -40,12 +41,12 @@ def the_message(ended: Ended) -> str:
 def goes_on(folder: Path) -> None:
     """What the message promised: the run resumes and ends."""
     assert fullweight("resume", folder, ranks=2).ok
-    last = json.loads((folder / "ledger.jsonl").read_text().splitlines()[-1])
+    last = list(read(folder / "ledger.jsonl"))[-1]
     assert last["step"] == 8
 
 
 def events(folder: Path, what: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(folder / "ledger.jsonl"))
     return [line for line in lines if line.get("what") == what]
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fullweight.core.types import Batch, PackedLayout
+from fullweight.evidence.ledger import read
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.ops.reference import ReferenceOperations
@@ -103,7 +104,7 @@ def train(output: Path, ranks: int, *settings: str) -> None:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     return [line for line in lines if line["kind"] == "step"]
 
 

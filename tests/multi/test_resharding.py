@@ -6,7 +6,6 @@ are compared tensor by tensor, and by their roots. Then training goes on from on
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fullweight.checkpoint import store
 from fullweight.checkpoint.compare import compare
 from fullweight.checkpoint.generations import OnCorrupt, choose, newest
 from fullweight.checkpoint.manifest import verify
+from fullweight.evidence.ledger import read
 from fullweight.evidence.state_root import live_root, stored_root
 from fullweight.parallel.mesh import joined
 from fullweight.train import resuming
@@ -67,7 +67,7 @@ def trained(folder: Path, ranks: int, optimizer: str) -> Path:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    entries = list(read(folder / "ledger.jsonl"))
     return [entry for entry in entries if entry["kind"] == "step" and entry["step"] > 4]
 
 

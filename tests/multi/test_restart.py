@@ -12,6 +12,7 @@ import pytest
 from tests.crash.runs import RECIPE, SETTINGS, assert_same_in_the_end, lines
 
 from fullweight.core.crash import VARIABLE
+from fullweight.evidence.ledger import read_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,13 +62,20 @@ def test_a_rank_killed_between_steps_is_started_again_and_nothing_is_lost(
 
 @pytest.mark.slow
 def test_a_rank_killed_before_the_first_checkpoint_starts_the_run_over(tmp_path: Path, whole: Path) -> None:
-    """What there is of the run is removed, for it is this launch's own."""
+    """What there is of the run is removed, for it is this launch's own; but the ledger shows the first attempt."""
     folder = tmp_path / "run"
     status, output = torchrun(folder, "train.step rank=1 nth=2")
     assert status == 0, output
     assert "there is no checkpoint yet" in output
     [start] = [line for line in lines(folder, "event") if line["what"] == "start"]
-    assert start["restart"] == 1
+    assert (start["restart"], start["segment"]) == (1, 1)
+    attempts = list(read_all(folder / "ledger.jsonl"))
+    assert [(e.entry["kind"], e.entry["step"], e.superseded) for e in attempts[:3]] == [
+        ("event", 0, True),
+        ("eval", 0, True),
+        ("step", 1, True),
+    ]
+    assert attempts[3].entry["previous"] == attempts[2].sha256
     assert_same_in_the_end(folder, whole)
 
 

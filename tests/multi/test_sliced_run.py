@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from tests.processes import fullweight
 from fullweight.checkpoint.compare import compare
 from fullweight.checkpoint.generations import choose, newest
 from fullweight.checkpoint.manifest import verify
+from fullweight.evidence.ledger import read
 
 SETTINGS = [
     "train.num_steps=4",
@@ -43,7 +43,7 @@ def train(run: Path, ranks: int, *settings: str) -> None:
 
 
 def ledger(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     return [line for line in lines if line["kind"] == kind]
 
 

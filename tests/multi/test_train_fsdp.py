@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fullweight.evidence.ledger import read
+
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["train.num_steps=10", "train.precision=fp32", "optimizer.learning_rate=3e-4", "eval.every=10"]
 SETTINGS += [
@@ -47,7 +49,7 @@ def train(output: Path, ranks: int, optimizer: str, *arguments: str) -> subproce
 
 
 def ledger(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     return [line for line in lines if line["kind"] == kind]
 
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tests.processes import Ended, fullweight
 
+from fullweight.evidence.ledger import read
+
 SETTINGS = [
     "train.num_steps=3",
     "train.rows_per_step=2",
@@ -32,7 +34,7 @@ def train(output: Path, ranks: int, *settings: str) -> Ended:
 
 
 def ledger(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    lines = list(read(run / "ledger.jsonl"))
     return [{k: line[k] for k in ("kind", "step", "loss")} for line in lines if line["kind"] in ("step", "eval")]
 
 

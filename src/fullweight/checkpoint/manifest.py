@@ -25,6 +25,7 @@ from fullweight.core import durable
 from fullweight.core.config import Config
 from fullweight.core.crash import crash_point
 from fullweight.core.errors import CheckpointError, ConfigError
+from fullweight.core.ledger_head import LedgerHead
 from fullweight.core.strict_json import parse_json
 
 MANIFEST = "manifest.json"
@@ -35,14 +36,6 @@ NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 class CorruptError(CheckpointError):
     """A generation is not what was written."""
-
-
-class LedgerHead(Config):
-    """The ledger up to a point: how long it was, and the SHA-256 of those bytes."""
-
-    size_bytes: int
-    num_lines: int
-    sha256: str
 
 
 class Facts(Config):

@@ -8,12 +8,12 @@ exceeded by a dropless layer.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fullweight.core.errors import ConfigError
+from fullweight.core.errors import CheckpointError, ConfigError
+from fullweight.evidence.ledger import read
 
 Kind = Literal["uniform", "measured", "worst"]
 
@@ -52,13 +52,12 @@ class Routing:
 
 def _largest_load(ledger: Path) -> float:
     found = []
-    for number, line in enumerate(ledger.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            raise ConfigError(f"{ledger}, line {number}: not JSON; give the ledger of a run") from None
-        if isinstance(entry, dict) and entry.get("kind") == "step":
-            found.append(float(entry["experts"]["max_over_mean"]))
+    try:
+        for entry in read(ledger):
+            if entry["kind"] == "step":
+                found.append(float(entry["experts"]["max_over_mean"]))
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; give the ledger of a run") from None
     if not found:
         raise ConfigError(f"{ledger} has no step yet, so no load was measured; use --routing uniform or worst")
     return max(found)

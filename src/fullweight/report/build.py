@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fullweight.core.errors import CheckpointError
+from fullweight.evidence.ledger import read
 from fullweight.report.page import inside, png, write_page
 
 _TEMPLATE = Path(__file__).parent / "templates" / "summary.html"
@@ -34,7 +35,7 @@ def build_report(root: Path) -> Path:
 
     Raises CheckpointError when the folder has no ledger or no step in it.
     """
-    lines = _ledger(root)
+    lines = list(read(root / "ledger.jsonl"))
     steps = [line for line in lines if line["kind"] == "step"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     if not steps:
@@ -153,14 +154,6 @@ def _line(axis: Axes, lines: list[dict[str, Any]], values: list[Any], label: str
     axis.plot([line["step"] for line in lines], numbers, label=label, linewidth=1.2, **style)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _ledger(root: Path) -> list[dict[str, Any]]:
-    try:
-        data = (root / "ledger.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{root} is not a run folder: it has no ledger.jsonl") from None
-    return [json.loads(line) for line in data.split("\n")[:-1]]
 
 
 def _json(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """The training loop, the same for every method: step, record, evaluate, save, until done or asked to stop.
 
-`train` starts a run in a new folder and `resume` continues one from its newest checkpoint, exactly: the
-ledger is taken back to that step and every later number is the one that an uninterrupted run would have
+`train` starts a run in a new folder and `resume` continues one from its newest checkpoint, exactly: recorded
+steps after it are superseded in the ledger, and every later number is the one that an uninterrupted run would have
 written. Under torchrun every rank runs this function; rank 0 alone prints and writes.
 """
 
@@ -27,6 +27,7 @@ from fullweight.core.strict_json import parse_json
 from fullweight.data.synth import check
 from fullweight.data.tokenised import told_counts
 from fullweight.devices import absent, find, of
+from fullweight.evidence.ledger import FORMAT, Ledger
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.ops import implementations
 from fullweight.optim.groups import set_learning_rate
@@ -41,7 +42,6 @@ from fullweight.train.evaluate import Answer, Evaluation, answer_questions, held
 from fullweight.train.export import kept_form
 from fullweight.train.finish import finish, show_answers
 from fullweight.train.guards import StopRequest
-from fullweight.train.ledger import Ledger
 from fullweight.train.metrics import step_record
 from fullweight.train.progress import Reporter
 from fullweight.train.ready import prepare, require_ready
@@ -81,7 +81,7 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
         with ranks.main_first_failure():
             if ranks.is_main:
                 check_disk(run)
-                _write_head(run)
+                _write_head(run, again=how is Beginning.again)
         with owned(folder, ranks):
             return _drive(run, console, _start)
 
@@ -148,10 +148,10 @@ def _resume(
         run.state.restore(choice.generation)
         ranks.agree({"checkpoint": choice.generation.sha256, "position": json.dumps(run.state.position())})
         with ranks.main_first_failure():
-            dropped = settle(folder, choice) if ranks.is_main else 0
+            superseded = settle(folder, choice) if ranks.is_main else 0
             if ranks.is_main and config != load_config(folder):
                 write_json(folder.config, config.model_dump(mode="json"))
-        return _drive(run, console, partial(_continue, choice=choice, dropped=dropped))
+        return _drive(run, console, partial(_continue, choice=choice, superseded=superseded))
 
 
 @contextmanager
@@ -169,8 +169,8 @@ def _facts(config: RunConfig) -> dict[str, str]:
     return flat(config.model_dump(mode="json", exclude={"output"}), "config.")
 
 
-def _write_head(run: Run) -> None:
-    run.folder.create(this_launch())
+def _write_head(run: Run, again: bool) -> None:
+    run.folder.create(this_launch(), again)
     run.tokenizer.save(run.folder.tokenizer)
     keep_origin(run.imported, run.folder)
     write_json(run.folder.model, run.architecture.to_published())
@@ -207,7 +207,7 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
 
 
 def _start(run: Run, records: Records) -> None:
-    records.write("event", 0, {"what": "start", **_described(run), **_launched(run)})
+    records.begin("start", 0, {"format": FORMAT, **_described(run), **_launched(run)})
     records.reporter.say(
         f"{run.config.name}: {run.parameters}, {run.ranks.size} rank(s), "
         f"{run.config.train.precision}, into {run.folder.root}"
@@ -240,10 +240,10 @@ def _device_told(run: Run) -> str:
     return "; ".join([told, *(f"no {name}: {reason}" for name, reason in absent().items())])
 
 
-def _continue(run: Run, records: Records, choice: Choice, dropped: int) -> None:
+def _continue(run: Run, records: Records, choice: Choice, superseded: int) -> None:
     step, say = run.state.step, records.reporter.say
-    origin = described(run.config, choice, dropped)
-    records.write("event", step, {"what": "resume", **origin, **_described(run), **_launched(run)})
+    origin = described(run.config, choice, superseded)
+    records.begin("resume", step, {**origin, **_described(run), **_launched(run)})
     say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}, {run.parameters}")
     say(_device_told(run))
     for line in told(origin):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fullweight.checkpoint.manifest import LedgerHead
-from fullweight.train.ledger import Ledger
+from fullweight.core.ledger_head import LedgerHead
+from fullweight.evidence.ledger import Ledger
 from fullweight.train.progress import Reporter
 from fullweight.train.run_folder import write_json
 from fullweight.train.trackers import Trackers, flatten
@@ -22,14 +22,17 @@ class Records:
     reporter: Reporter
     _files: dict[Path, Any] = field(default_factory=dict)  # to be written, by path
     _full: bool = False  # whether the disk refused something that is held back
+    _step: int = 0  # the newest that a line was about; trackers go forward only
+
+    def begin(self, what: str, step: int, values: dict[str, Any]) -> None:
+        """The ledger line that this segment of the run begins with."""
+        if self.ledger is not None:
+            self._follow(self.ledger.begin(what, step, values), "event", step, values)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One ledger line, and its numbers to the trackers. What the disk refuses is held back and tried again."""
-        if self.ledger is None:
-            return
-        self._tell(self.ledger.append(kind, step, values) or self._write_files())
-        if self.trackers is not None:
-            self.trackers.log(step, flatten(values, "" if kind == "step" else f"{kind}/"))
+        if self.ledger is not None:
+            self._follow(self.ledger.append(kind, step, values), kind, step, values)
 
     def keep(self, path: Path, value: Any) -> None:
         """Write a JSON file beside the ledger, now or once there is room."""
@@ -51,6 +54,12 @@ class Records:
             self.ledger.close()
         if self.trackers is not None:
             self.trackers.close()
+
+    def _follow(self, refusal: OSError | None, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._tell(refusal or self._write_files())
+        self._step = max(self._step, step)
+        if self.trackers is not None:
+            self.trackers.log(self._step, flatten(values, "" if kind == "step" else f"{kind}/"))
 
     def _write_files(self) -> OSError | None:
         try:

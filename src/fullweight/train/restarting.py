@@ -2,8 +2,9 @@
 
 A run folder keeps which launch made it (`launch.json`, written before anything else). When `torchrun` restarts its
 ranks, or a scheduler starts the same job again under the same `--rdzv-id`, the folder is recognised: with a
-checkpoint the run is resumed, without one what there is of it is removed and the run starts over. A folder of
-anybody else, or of another configuration, is refused as ever. Rank 0 decides.
+checkpoint the run is resumed, without one what there is of it is removed, but for the ledger, and the run starts
+over in another segment of that ledger, so that no attempt is hidden. A folder of anybody else, or of another
+configuration, is refused as ever. Rank 0 decides.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Beginning(StrEnum):
     """How a call of `train` begins."""
 
     fresh = "fresh"
+    again = "again"  # in the folder of an attempt that came to no checkpoint
     resumed = "resumed"
 
 
@@ -58,7 +60,7 @@ def begin(config: RunConfig) -> tuple[RunFolder, Beginning]:
         return folder, Beginning.resumed
     with generations.locked(folder.checkpoints):
         folder.clear()
-    return folder, Beginning.fresh
+    return folder, Beginning.again
 
 
 def this_launch() -> dict[str, Any]:

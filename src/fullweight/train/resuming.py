@@ -1,7 +1,8 @@
 """Which checkpoint a run continues from, and what has to be put in order before it does.
 
 A generation must be intact, of this model, and written under this run's ledger. Choosing reads only; `settle` then
-removes what an interrupted save left, sets refused generations aside and takes the ledger back to the step.
+removes what an interrupted save left, sets refused generations aside and cuts off the half line that a kill left
+in the ledger. Lines of later steps stay; the event `resume`, written next, says that they are superseded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from fullweight.checkpoint import generations
 from fullweight.checkpoint.compare import changes
 from fullweight.checkpoint.generations import Choice, OnCorrupt
 from fullweight.checkpoint.manifest import Manifest
-from fullweight.train import ledger
+from fullweight.evidence import ledger
 from fullweight.train.config import RunConfig
 from fullweight.train.run_folder import RunFolder
 
@@ -36,13 +37,18 @@ def choose(config: RunConfig, folder: RunFolder, on_corrupt: OnCorrupt) -> Choic
 
 
 def settle(folder: RunFolder, choice: Choice) -> int:
-    """Put the run folder in the state of the chosen generation; rank 0 alone. The number of steps dropped."""
+    """Put the run folder in order for going on from the choice; rank 0 alone.
+
+    Returns the number of recorded steps that are superseded. Raises CheckpointError, before anything is changed,
+    when the ledger is damaged.
+    """
+    ledger.mend(folder.ledger)
     generations.remove_unfinished(folder.checkpoints)
     generations.set_aside(folder.checkpoints, choice)
-    return ledger.rewind(folder.ledger, choice.generation.step)
+    return ledger.superseded_steps(folder.ledger, choice.generation.step)
 
 
-def described(config: RunConfig, choice: Choice, dropped: int) -> dict[str, Any]:
+def described(config: RunConfig, choice: Choice, superseded: int) -> dict[str, Any]:
     """What the ledger keeps of a resume."""
     facts = choice.generation.manifest.facts
     now = config.model_dump(mode="json", exclude={"output"})
@@ -50,7 +56,7 @@ def described(config: RunConfig, choice: Choice, dropped: int) -> dict[str, Any]
         "generation": choice.generation.path.name,
         "manifest_sha256": choice.generation.sha256,
         "written_by_ranks": facts.world["ranks"],
-        "dropped_steps": dropped,
+        "superseded_steps": superseded,
         "refused": [{"generation": r.name, "reason": r.reason} for r in choice.refused],
         "config_changes": {name: list(pair) for name, pair in changes(facts.config, now).items()},
     }

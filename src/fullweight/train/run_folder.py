@@ -34,6 +34,7 @@ from fullweight.core.errors import ConfigError
 from fullweight.devices import DEVICES, absent, find, of
 from fullweight.doctor.applied import current
 from fullweight.doctor.environment import recorded
+from fullweight.evidence import ledger
 
 _PACKAGES = (
     *("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors"),
@@ -99,36 +100,38 @@ class RunFolder:
     def summary(self) -> Path:
         return self.root / "summary.html"
 
-    def check_free(self) -> None:
-        """Raise ConfigError when the folder holds something already."""
-        if self.launch.is_file() and not self.config.is_file():
+    def check_free(self, again: bool = False) -> None:
+        """Raise ConfigError when the folder holds something already; with `again`, beside what `clear` leaves."""
+        kept = [self.stalls, *((self.launch, self.ledger) if again else ())]
+        if not again and self.launch.is_file() and not self.config.is_file():
             raise ConfigError(
                 f"{self.root} is not empty: a run is being begun there, or was killed before it had begun; delete "
                 "the folder if no process is at it, or choose another --output"
             )
-        if self.root.exists() and (not self.root.is_dir() or any(p != self.stalls for p in self.root.iterdir())):
+        if self.root.exists() and (not self.root.is_dir() or any(p not in kept for p in self.root.iterdir())):
             raise ConfigError(
                 f"{self.root} is not empty; choose another --output, or continue it with "
                 f"`fullweight resume {self.root}`"
             )
 
-    def create(self, made_by: dict[str, Any]) -> None:
-        """Make the folder, and first of all write who makes it; raises ConfigError when it holds something."""
-        self.check_free()
+    def create(self, made_by: dict[str, Any], again: bool = False) -> None:
+        """Make the folder, and first of all write who makes it; raises ConfigError as `check_free`."""
+        self.check_free(again)
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.launch, made_by)
         self.samples.mkdir()
 
     def clear(self) -> None:
-        """Remove what a run without a checkpoint left, but for stacks; last of all, who made the folder."""
-        for path in (self.ledger, self.config, self.model, self.environment, self.imported, self.summary):
+        """Remove what a run without a checkpoint left, but for who made it, stacks, and its ledger's lines."""
+        if self.ledger.is_file():  # earlier attempts stay in the chain
+            ledger.mend(self.ledger)
+        for path in (self.config, self.model, self.environment, self.imported, self.summary):
             path.unlink(missing_ok=True)
             durable.temporary(path).unlink(missing_ok=True)
         folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.root / "plots")
         for path in (*folders, *unfinished(self.source), *unfinished(self.export)):
             if path.exists():
                 shutil.rmtree(path)
-        self.launch.unlink()
 
     def require(self) -> None:
         """Raise ConfigError unless this is a run folder."""

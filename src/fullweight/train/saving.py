@@ -1,8 +1,9 @@
 """A run's checkpoints as the loop sees them: save now, say what became of it, stop when nothing can be written.
 
 The writing itself, in the background, is `checkpoint/async_save.py`. Here are the facts that go with a state,
-the ledger lines (`checkpoint` with the stall, then `checkpoint_written` or `checkpoint_failed`) and what a
-person sees.
+the ledger lines (`checkpoint_begun` with the stall, then `checkpoint` once it is complete on the disk, or
+`checkpoint_failed`) and what a person sees. The line of a complete one is about the step that was saved, however
+far training has come since: it stands as long as that step does.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Saving:
         described = facts(self.run, self.records.head())
         stall = self._saver.save(state.tensors(), described, self.records.sync)
         self._stalls[state.step], self._last_step = stall, state.step
-        self.records.write("event", state.step, {"what": "checkpoint", "saving": state.step, **asdict(stall)})
+        self.records.write("event", state.step, {"what": "checkpoint_begun", **asdict(stall)})
         self.report()
 
     def report(self) -> None:
@@ -90,6 +91,7 @@ class Saving:
             say(failed.append(f" (attempt {report.attempt} of {limit}): {report.reason}", "not bold default"))
             return
         generation = report.path.name
+        saved_step = int(generation.split("-")[1])
         values = {
             "generation": generation,
             "manifest_sha256": report.sha256,
@@ -97,8 +99,7 @@ class Saving:
             "seconds": report.seconds,
             "removed": list(report.removed),
         }
-        self.records.write("event", step, {"what": "checkpoint_written", **values})
-        saved_step = int(generation.split("-")[1])
+        self.records.write("event", saved_step, {"what": "checkpoint", **values})
         stall = self._stalls.pop(saved_step)
         how = "" if stall.synchronous is None else f" (not in the background: {stall.synchronous})"
         say(

@@ -18,8 +18,8 @@ from fullweight.checkpoint import generations, store
 from fullweight.checkpoint.export import new_folder
 from fullweight.checkpoint.generations import POINTER, WRITING
 from fullweight.core import durable
-from fullweight.train import ledger
-from fullweight.train.ledger import Ledger
+from fullweight.evidence import ledger
+from fullweight.evidence.ledger import Ledger
 from fullweight.train.run_folder import write_json
 
 
@@ -42,6 +42,9 @@ class Watched:
         self.unsynced_entries.append(set(self._dirty))
         self.renames.append((source, target, late))
         self._dirty |= {source.parent, target.parent}
+
+    def assert_on_disk(self, path: Path) -> None:
+        assert self._synced.get(_key(path.stat())) == _content(path), f"{path} is not on the disk as it is"
 
     def assert_all_on_disk(self) -> None:
         assert self.renames
@@ -116,13 +119,16 @@ def test_an_export_is_on_the_disk_before_it_is_named(tmp_path: Path, watched: Wa
 
 
 def test_small_files_of_a_run(tmp_path: Path, watched: Watched) -> None:
-    """JSON beside the run, a ledger that is taken back, and what the check itself would notice."""
+    """JSON beside the run, a ledger whose torn end is cut off, and what the check itself would notice."""
     write_json(tmp_path / "config.json", {"a": 1})
     log = Ledger(tmp_path / "ledger.jsonl")
     for step in range(1, 5):
         log.append("step", step, {})
     log.close()
-    assert ledger.rewind(tmp_path / "ledger.jsonl", 2) == 2
+    with (tmp_path / "ledger.jsonl").open("ab") as stream:
+        stream.write(b'{"kind":')
+    ledger.mend(tmp_path / "ledger.jsonl")
+    watched.assert_on_disk(tmp_path / "ledger.jsonl")
     watched.assert_all_on_disk()
     (tmp_path / "x").write_text("never synced")
     durable.rename(tmp_path / "x", tmp_path / "y")

@@ -24,7 +24,9 @@ def test_uniform_and_worst() -> None:
 
 
 def test_measured_takes_the_largest_load_of_a_ledger(tmp_path: Path) -> None:
-    lines = [{"kind": "event"}] + [{"kind": "step", "experts": {"max_over_mean": m}} for m in (1.5, 2.5, 2.0)]
+    lines = [{"kind": "event", "step": 0}] + [
+        {"kind": "step", "step": 1, "experts": {"max_over_mean": m}} for m in (1.5, 2.5, 2.0)
+    ]
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     routing = Routing.parse(str(tmp_path))
     assert routing.received(600, 4, 6, 8) == 1500
@@ -53,7 +55,7 @@ def test_a_capacity_bounds_what_arrives(ranks: int, rank: int, axes: dict[str, i
     assert most_rows(config, config.layout(ranks), rank) == rows * capacity * (8 // config.parallel.expert)
 
 
-@pytest.mark.parametrize(("content", "said"), [("", "no step yet"), ("{", "line 1: not JSON")])
+@pytest.mark.parametrize(("content", "said"), [("", "no step yet"), ("{\n", "ledger.jsonl:1: damaged line")])
 def test_a_ledger_without_loads_is_told(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=said):

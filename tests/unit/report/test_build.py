@@ -89,7 +89,8 @@ def test_what_became_of_each_source_is_on_the_page(tmp_path: Path) -> None:
     source = {"name": "a.jsonl", "records": 1204, "duplicates": 1, "also_held_out": 0}
     source |= {"train": side, "held_out": dict.fromkeys(side, 0)}
     event = {"kind": "event", "step": 0, "what": "start"}
-    lines = [event, event | {"data": [source | {"records": 7}]}, event | {"data": [source]}, event]
+    again = event | {"what": "resume"}
+    lines = [event, again | {"data": [source | {"records": 7}]}, again | {"data": [source]}, again]
     told = "1,204 records; 1 duplicates; train: 1,200 samples of 9 tokens (0 truncated, 2 dropped as too long, "
     told += "1 dropped without a trained token)"
     assert data_facts(lines) == [("data: a.jsonl", told)]

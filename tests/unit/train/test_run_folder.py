@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fullweight.core.errors import ConfigError
+from fullweight.evidence.ledger import Ledger
 from fullweight.train.run_folder import RunFolder, environment, free_name, write_json
 
 
@@ -31,19 +32,30 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_cleared_folder_keeps_stacks_and_what_others_put_there(tmp_path: Path) -> None:
-    """Starting over removes the run's own things, and then takes only a folder without others' things."""
+    """Starting over removes the run's own things, and then takes only a folder without others' things.
+
+    Of its own, who made it and the record of earlier attempts stay, without the half line of a kill.
+    """
     folder = RunFolder(tmp_path / "run")
     folder.create({"launch": "a"})
     folder.stalls.mkdir()
     (folder.samples / "step-0.json").write_text("[]")
+    log = Ledger(folder.ledger)
+    log.begin("start", 0, {})
+    log.close()
+    attempt = folder.ledger.read_bytes()
+    folder.ledger.write_bytes(attempt + b'{"kind":"st')
     folder.clear()
-    assert [p.name for p in folder.root.iterdir()] == ["stalls"]
-    folder.create({"launch": "b"})
+    assert sorted(p.name for p in folder.root.iterdir()) == ["launch.json", "ledger.jsonl", "stalls"]
+    assert folder.ledger.read_bytes() == attempt
+    with pytest.raises(ConfigError, match="not empty: a run is being begun there, or was killed"):
+        folder.create({"launch": "b"})
+    folder.create({"launch": "b"}, again=True)
     (folder.root / "notes.txt").write_text("mine")
     folder.clear()
-    assert sorted(p.name for p in folder.root.iterdir()) == ["notes.txt", "stalls"]
+    assert sorted(p.name for p in folder.root.iterdir()) == ["launch.json", "ledger.jsonl", "notes.txt", "stalls"]
     with pytest.raises(ConfigError, match="not empty"):
-        folder.create({"launch": "c"})
+        folder.create({"launch": "c"}, again=True)
 
 
 def test_what_a_kill_at_the_beginning_left_is_cleared(tmp_path: Path) -> None:
@@ -55,8 +67,8 @@ def test_what_a_kill_at_the_beginning_left_is_cleared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not empty: a run is being begun there, or was killed"):
         folder.check_free()
     folder.clear()
-    assert list(folder.root.iterdir()) == []
-    folder.create({"launch": "b"})
+    assert [p.name for p in folder.root.iterdir()] == ["launch.json"]
+    folder.create({"launch": "b"}, again=True)
 
 
 def test_free_name_counts_up(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fullweight.core.errors import ConfigError
+from fullweight.evidence.ledger import Ledger
 from fullweight.train import trackers as module
-from fullweight.train.ledger import Ledger
 from fullweight.train.records import Records
 from fullweight.train.trackers import TrackerConfig, Trackers, check_trackers, flatten
 
