@@ -57,9 +57,6 @@ class Ascend(Device):
         *("EI0002", "EI0006"),  # waited in vain for another rank; could not connect to one
     )
 
-    def __init__(self) -> None:
-        self._set_variable = False  # whether HCCL_DETERMINISTIC is of our making
-
     @classmethod
     def available(cls) -> str | None:
         try:
@@ -116,18 +113,16 @@ class Ascend(Device):
         self._npu.set_rng_state(state)
 
     def set_deterministic(self, on: bool) -> None:
-        """HCCL adds in a fixed order only if its variable says so when a communicator is made."""
+        """HCCL has its own variable, read when a communicator is made; its opposite is refused.
+
+        A run with a recipe has set it before (`doctor/applied.py`).
+        """
         given = os.environ.get(_DETERMINISTIC)
-        if on and given is None:
-            os.environ[_DETERMINISTIC], self._set_variable = "true", True
-        elif on and given is not None and given.lower() not in {"true", "strict"}:
+        if on and given is not None and given.lower() not in {"true", "strict"}:
             raise ConfigError(
                 f"parallel.deterministic = true and {_DETERMINISTIC}={given} exclude each other; unset the "
                 "variable, or set it to true or strict"
             )
-        elif not on and self._set_variable:
-            os.environ.pop(_DETERMINISTIC, None)
-            self._set_variable = False
         super().set_deterministic(on)
 
     @contextmanager

@@ -49,6 +49,7 @@ class Variable:
     at_start: bool = False  # read when the library is loaded
     replaced_by: str = ""
     checked: bool = True  # whether the legal values were compared with the source
+    secret: bool = False  # never recorded or told
 
     def legal(self, value: str) -> bool:
         """Whether the library documents this value."""
@@ -137,8 +138,9 @@ def recorded(environment: Mapping[str, str]) -> dict[str, str]:
     Others are left out: they do not change what is computed, and may hold secrets.
     """
     prefixes = tuple({p for group in PREFIXES.values() for p in group}) + _RECORDED
-    names = set(variables()) | set(_LAUNCHER)
-    return {n: v for n, v in sorted(environment.items()) if n in names or n.startswith(prefixes)}
+    names, secret = set(variables()) | set(_LAUNCHER), {n for n, v in variables().items() if v.secret}
+    kept = {n: v for n, v in sorted(environment.items()) if n in names or n.startswith(prefixes)}
+    return {n: v for n, v in kept.items() if n not in secret}
 
 
 def shared(environment: Mapping[str, str], device: str) -> dict[str, str]:

@@ -55,6 +55,18 @@ def _cuda_watchdog(environment: Environment, _: Setting) -> Iterator[Finding]:
         )
 
 
+def _cuda_network(environment: Environment, setting: Setting) -> Iterator[Finding]:
+    if environment.get("NCCL_IB_TIMEOUT") == "0" and setting.ranks > 1:
+        yield Finding(
+            _WARNING,
+            "NCCL_IB_TIMEOUT",
+            "0: RDMA waits for a lost peer for ever",
+            "1 to 31 (20 is 30 s in all)",
+            "a failed link or machine would be told by the watchdog alone; unset it",
+            {"NCCL_IB_TIMEOUT": ""},
+        )
+
+
 def _cuda_memory(environment: Environment, _: Setting) -> Iterator[Finding]:
     if environment.get("PYTORCH_CUDA_ALLOC_CONF") and environment.get("PYTORCH_ALLOC_CONF"):
         yield Finding(
@@ -106,4 +118,4 @@ def _cuda_slow(environment: Environment, _: Setting) -> Iterator[Finding]:
         yield slow("NCCL_DEBUG", "TRACE", "WARN", "every call is printed")
 
 
-RULES: tuple[Rule, ...] = (_cuda_watchdog, _cuda_memory, _cuda_numbers, _cuda_slow)
+RULES: tuple[Rule, ...] = (_cuda_watchdog, _cuda_network, _cuda_memory, _cuda_numbers, _cuda_slow)

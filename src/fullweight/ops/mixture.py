@@ -81,6 +81,9 @@ class ExpertMixture(torch.autograd.Function):
         activation = kit.swiglu(hidden, ctx.limit)
         dscale = (dscaled.to(scale.dtype) * activation.to(scale.dtype)).sum(-1)
         dhidden = kit.swiglu_backward(_scaled(dscaled, scale), hidden, ctx.limit)
+        del dscaled
+        # before the weights' gradients, beside which a cast copy of the weights would make the step's peak
+        dx = kit.total(kit.product(dhidden, gate_up, ends), place, chosen.shape[1])
 
         def gate_up_gradient() -> Tensor:
             return kit.outer(dhidden, kit.spread(x, chosen)[0], gate_up, ends)
@@ -95,7 +98,6 @@ class ExpertMixture(torch.autograd.Function):
             if late is not None:
                 late.put(form)
             gradients.append(form() if late is None and wanted else None)
-        dx = kit.total(kit.product(dhidden, gate_up, ends), place, chosen.shape[1])
         dweights = dscale.gather(0, place.long()).view(chosen.shape).masked_fill(dropped, 0.0)
         return dx, None, dweights, *gradients, None, None, None, None
 

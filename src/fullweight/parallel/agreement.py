@@ -31,6 +31,7 @@ _PREFIXES = (
     *("FULLWEIGHT_", "PYTHONHASHSEED", "PYTORCH_", "TORCH_"),
     *(prefix for kind in DEVICES.values() for prefix in kind.variables),
 )
+_SECRET = ("_PSK",)  # not to be gathered or printed
 _RIGHTLY_DIFFERENT = ("_IFNAME", "_IF_IP", "_PORT", "_HOSTID", "_FILE", "_DIR", "_PATH", "_HOME", "_RANK")
 _PACKAGES = (
     *("fullweight", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors"),
@@ -115,7 +116,7 @@ def disagreement(facts: list[Mapping[str, str]]) -> str:
 
 
 def _matters(name: str) -> bool:
-    return name.startswith(_PREFIXES) and not name.endswith(_RIGHTLY_DIFFERENT)
+    return name.startswith(_PREFIXES) and not name.endswith((*_RIGHTLY_DIFFERENT, *_SECRET))
 
 
 def _commit() -> str | None:

@@ -229,18 +229,15 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == [1]
 
 
-def test_deterministic_mode_reaches_hccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its variable is set while the mode is on, a stricter one is left, and its opposite is refused."""
-    monkeypatch.delenv("HCCL_DETERMINISTIC", raising=False)
+def test_deterministic_mode_and_hccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that agrees is left as it is, its opposite is refused; a recipe sets it (test_applied.py)."""
     device = Ascend()
-    device.set_deterministic(True)
-    assert os.environ["HCCL_DETERMINISTIC"] == "true"
-    device.set_deterministic(False)
-    assert "HCCL_DETERMINISTIC" not in os.environ
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "strict")
-    device.set_deterministic(True)
-    device.set_deterministic(False)
-    assert os.environ["HCCL_DETERMINISTIC"] == "strict"
+    for agreeing in ("true", "strict"):
+        monkeypatch.setenv("HCCL_DETERMINISTIC", agreeing)
+        device.set_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        device.set_deterministic(False)
+        assert os.environ["HCCL_DETERMINISTIC"] == agreeing
     monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
     with pytest.raises(ConfigError, match="HCCL_DETERMINISTIC=false exclude each other"):
         device.set_deterministic(True)

@@ -28,7 +28,7 @@ VERSIONS_ASCEND = {
     "torch": "2.13.0+cpu",
     "torch_required": "2.13.0",
     "npu_torch": "2.13.0",
-    "cann": "9.1.0",
+    "cann": "9.2.0",
     "driver": "26.0.RC1",
 }
 ASCEND: dict[str, Any] = {

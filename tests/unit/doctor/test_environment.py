@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 import subprocess
@@ -136,6 +137,16 @@ def test_what_a_run_records() -> None:
     """Every variable that may change what is computed, and no secret."""
     kept = recorded({"HCCL_NEW": "1", "OMP_NUM_THREADS": "2", "RANK": "0", "WANDB_API_KEY": "x", "HOME": "/root"})
     assert kept == {"HCCL_NEW": "1", "OMP_NUM_THREADS": "2", "RANK": "0"}
+
+
+def test_a_secret_is_not_kept() -> None:
+    """NCCL's key would otherwise stand in the run's record, and in what ranks compare."""
+    key = "0123456789abcdef0123456789abcdef"
+    assert recorded({"NCCL_PSK": key, "NCCL_ALGO": "Ring"}) == {"NCCL_ALGO": "Ring"}
+    with_key = dict(os.environ, NCCL_PSK=key)
+    code = "import fullweight.parallel.agreement as a; print(a.standing(1))"
+    done = subprocess.run([sys.executable, "-c", code], env=with_key, capture_output=True, text=True, check=True)
+    assert key not in done.stdout
 
 
 def test_what_ranks_must_share() -> None:

@@ -90,7 +90,10 @@ CASES = [
     (CUDA, {"NVIDIA_TF32_OVERRIDE": "0"}, {}),
     (CUDA, {"CUDA_LAUNCH_BLOCKING": "1"}, {"CUDA_LAUNCH_BLOCKING": "warning"}),
     (CUDA, {"NCCL_P2P_DISABLE": "1"}, {"NCCL_P2P_DISABLE": "warning"}),
-    (CUDA, {"NCCL_IB_TIMEOUT": "99"}, {}),  # the table's values for NCCL are not compared with its page: a note
+    (CUDA, {"NCCL_IB_TIMEOUT": "99"}, {"NCCL_IB_TIMEOUT": "error"}),
+    (CUDA, {"NCCL_IB_TIMEOUT": "0"}, {"NCCL_IB_TIMEOUT": "warning"}),  # for ever
+    (CUDA, {"NCCL_IB_TIMEOUT": "31", "NCCL_P2P_LEVEL": "nvl", "NCCL_NET_GDR_LEVEL": "7"}, {}),
+    (CUDA, {"NCCL_IB_SL": "99"}, {}),  # NCCL's page gives no range: a note
     (CUDA, {"NCCL_DEBUG": "trace"}, {"NCCL_DEBUG": "warning"}),
     (CUDA, {"NCCL_SOCKET_IFNAMES": "eth0"}, {"NCCL_SOCKET_IFNAMES": "warning"}),
     (Setting("cuda", deterministic=True), {"CUBLAS_WORKSPACE_CONFIG": ":8:8"},

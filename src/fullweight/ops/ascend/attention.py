@@ -15,7 +15,7 @@ over rows that a list chooses for each query. Ours fits it, with three adaptatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,21 +112,23 @@ class SparseAttention(torch.autograd.Function):
         total = kept + torch.exp(sink - with_sink)
         out = (out * (kept / total).squeeze(0).unsqueeze(-1)).to(q.dtype)
         lse = (with_sink + total.log()).squeeze(0)
-        ctx.save_for_backward(q, keys, sink, out, with_sink, total)
-        ctx.sources = sources
+        # the choice is this layer's own: autograd must keep it, so that a checkpoint can drop it
+        ctx.save_for_backward(q, keys, sink, out, with_sink, total, sources.selected)
+        ctx.sources = replace(sources, selected=None)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, keys, sink, out, largest, total = ctx.saved_tensors
+        q, keys, sink, out, largest, total, selected = ctx.saved_tensors
+        sources = replace(ctx.sources, selected=selected)
         shared, grad = keys.unsqueeze(1).contiguous(), grad.contiguous()
         dq, dkeys, dvalues, _, _ = torch.ops.npu.npu_sparse_flash_attention_grad(
             q,
             shared,
             shared,
-            ctx.sources.index(),
+            sources.index(),
             grad,
             out,
             largest,
