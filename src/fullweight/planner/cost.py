@@ -16,7 +16,7 @@ ranks, a data loader that cannot keep up. Imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 
 from fullweight.planner.job import Job
@@ -98,7 +98,9 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        """Works on arrays too."""
+        work = self.compute + self.memory_bound + self.launch + self.tensor + self.context + self.expert
+        return work + self.data + self.pipeline + self.bubble + self.optimizer + self.host
 
 
 def parts_of(job: Job) -> Parts:

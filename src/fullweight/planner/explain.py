@@ -13,11 +13,13 @@ from math import sqrt
 
 from fullweight.core.errors import ConfigError
 from fullweight.parallel.config import ParallelConfig
+from fullweight.planner.basis import terms
 from fullweight.planner.chips import Chip
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import parts_of, step_time
 from fullweight.planner.job import Job
 from fullweight.planner.search import Candidate, Planner
+from fullweight.planner.topology import placements
 
 _GIB = 2**30
 FAILURES_PER_DEVICE_HOUR = 419 / (54 * 24 * 16384)
@@ -62,9 +64,9 @@ class Reliability:
 def neighbours(planner: Planner, best: Candidate) -> list[Neighbour]:
     """Layouts one step away from `best`, and why they are not it."""
     found = []
-    for change, parallel in _changes(best.parallel):
+    for change, parallel, documents in _changes(best):
         try:
-            other = planner.evaluated(parallel)
+            other = planner.evaluated(parallel, documents)
         except ConfigError as error:
             found.append(Neighbour(change, str(error)))
             continue
@@ -72,22 +74,53 @@ def neighbours(planner: Planner, best: Candidate) -> list[Neighbour]:
     return found
 
 
-def _changes(parallel: ParallelConfig) -> Iterator[tuple[str, ParallelConfig]]:
+def _changes(best: Candidate) -> Iterator[tuple[str, ParallelConfig, int]]:
+    """(in words, the layout, documents in a row)."""
+    parallel, documents = best.parallel, best.documents
+    for change, changes in _one_setting(parallel):
+        yield change, parallel.model_copy(update=changes), documents
+    for number in (2 * documents, documents // 2):
+        if number:
+            yield f"{number} documents in a row", parallel, number
+
+
+def _one_setting(parallel: ParallelConfig) -> Iterator[tuple[str, dict[str, object]]]:
     for axis in ("tensor", "pipeline", "context", "expert", "replicate"):
         size = getattr(parallel, axis)
         for other in (size * 2, size // 2):
             if other < 1:
                 continue
             changes: dict[str, object] = {axis: other}
+            if axis == "pipeline":
+                changes |= {"stage_layers": ()}
             if axis == "pipeline" and other == 1:
                 changes |= {"schedule": "1f1b", "virtual_stages": 1, "reshard_after": "step"}
-            yield f"{axis} {other}", parallel.model_copy(update=changes)
+            yield f"{axis} {other}", changes
+    if parallel.pipeline > 1:
+        yield from _other_schedules(parallel)
     for policy in ("none", "selective", "full"):
         if policy != parallel.recompute:
-            yield f"recompute {policy}", parallel.model_copy(update={"recompute": policy})
+            yield f"recompute {policy}", {"recompute": policy}
     offload = not parallel.offload_optimizer
     name = "moments in host memory" if offload else "moments on the device"
-    yield name, parallel.model_copy(update={"offload_optimizer": offload})
+    yield name, {"offload_optimizer": offload}
+
+
+def _other_schedules(parallel: ParallelConfig) -> Iterator[tuple[str, dict[str, object]]]:
+    now = (parallel.schedule, parallel.virtual_stages, parallel.reshard_after)
+    virtual = max(parallel.virtual_stages, 2)
+    several = [(name, v, "step") for name in ("interleaved", "zero_bubble") for v in (virtual, 2 * virtual)]
+    for schedule in (("1f1b", 1, "step"), ("1f1b", 1, "micro_batch"), *several, ("zbv", 2, "step")):
+        if schedule != now:
+            name, number, reshard = schedule
+            words = f"{name} x{number}" if number > 1 else name
+            changes: dict[str, object] = {"schedule": name, "virtual_stages": number, "reshard_after": reshard}
+            yield (
+                words + (", weights shed each pass" if reshard == "micro_batch" else ""),
+                changes | {"stage_layers": ()},
+            )
+    if parallel.stage_layers:
+        yield "stages cut by cost", {"stage_layers": ()}
 
 
 def _memory_reason(other: Candidate) -> str:
@@ -186,11 +219,17 @@ def unknowns(best: Candidate) -> list[str]:
     """What the plan rests on without a measurement or a statement."""
     chip, job = best.job.chip, best.job
     found = [
+        f"{term.name.replace('_', ' ')}: {term.basis}"
+        for term in terms(job, best.time)
+        if term.status == "UNKNOWN"
+    ]
+    used = {f"links.{chip.links.index(p.link)}." for p in placements(job)}
+    found += [
         f"chip {name}: {provenance.source}"
         for name, provenance in chip.provenance.items()
-        if provenance.source.startswith("assumption") and not name.endswith("_w")
+        if provenance.source.startswith("assumption")
+        and not name.endswith("_w")
+        and (not name.startswith("links.") or any(name.startswith(link) for link in used))
     ]
-    if job.expert > 1 and job.expert_skew == 1.0:
-        found.append("expert load: no measurement given (--skew), taken as even")
     found.append("this system's own kernels on this chip: no run; efficiencies are those of published runs")
     return found

@@ -14,7 +14,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fullweight.models.deepseek_v4.config import CSA_RATIO, HCA_RATIO, DeepSeekV4Config, LayerKind
@@ -83,14 +83,12 @@ class MemoryModel:
         self._blocks: dict[tuple[object, ...], Sums] = {}
         self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
 
-    def of(self, parallel: ParallelConfig, layout: Layout, setting: Setting) -> list[StageMemory]:
-        """Every pipeline rank, in order."""
+    def of(self, parallel: ParallelConfig, layout: Layout, setting: Setting) -> Iterator[StageMemory]:
+        """Every pipeline rank, in order, each counted when it is asked for."""
         parts = parts_of(self.stages(parallel, setting.row_tokens))
-        found = []
         for rank in range(layout.pipeline):
             mine = stages_of(rank, layout.pipeline, len(parts), parallel.schedule)
-            found.append(_rank_memory(self, parallel, layout, setting, rank, [parts[s] for s in mine]))
-        return found
+            yield _rank_memory(self, parallel, layout, setting, rank, [parts[s] for s in mine])
 
     def stages(self, parallel: ParallelConfig, row_tokens: int) -> tuple[int, ...]:
         """Layers of each stage, balanced by cost where the recipe does not say."""
@@ -123,7 +121,7 @@ def memory_of(
     config: DeepSeekV4Config, parallel: ParallelConfig, layout: Layout, setting: Setting
 ) -> list[StageMemory]:
     """Every pipeline rank of one layout, in order."""
-    return MemoryModel(config).of(parallel, layout, setting)
+    return list(MemoryModel(config).of(parallel, layout, setting))
 
 
 def in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> list[tuple[int, ...]]:

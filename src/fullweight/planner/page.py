@@ -47,13 +47,13 @@ def _memory(layout: dict[str, Any]) -> str:
 
 def _time(layout: dict[str, Any]) -> str:
     parts = {name: value for name, value in layout["seconds_by_part"].items() if value > 0.002 * layout["seconds"]}
-    figure, axis = pyplot.subplots(figsize=(9, 2.2))
+    figure, axis = pyplot.subplots(figsize=(9, 3))
     begin = 0.0
     for name, seconds in parts.items():
         axis.barh(0, seconds, left=begin, label=f"{name.replace('_', ' ')} {seconds:.2f} s")
         begin += seconds
     axis.set(xlabel="seconds", yticks=[], title="one step")
-    axis.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.7))
+    axis.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3))
     return page.inside(page.png(figure))
 
 

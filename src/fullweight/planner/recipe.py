@@ -21,16 +21,17 @@ def recipe_text(request: Request, candidate: Candidate) -> str:
     parallel = {
         name: value
         for name, value in candidate.parallel.model_dump(mode="json").items()
-        if value != getattr(defaults, name) and value is not None and name != "stage_layers"
+        if value not in (getattr(defaults, name), None, [])
     }
+    row_tokens = request.sequence * candidate.documents
     values: dict[str, Any] = {
         "name": f"{preset if preset in PRESETS else 'model'}_{request.chip.name}_{request.ranks}",
         "model": {"preset": preset} if preset in PRESETS else {"config": request.model},
-        "data": {"row_tokens": request.sequence, "sources": [{"kind": "file", "path": "data/sft.jsonl"}]},
+        "data": {"row_tokens": row_tokens, "sources": [{"kind": "file", "path": "data/sft.jsonl"}]},
         "method": {"name": "sft"},
         "optimizer": _ADAMW if request.optimizer == "adamw" else _MUON,
         "schedule": {"kind": "cosine", "warmup_steps": 25},
-        "train": {"num_steps": 500, "rows_per_step": request.global_batch},
+        "train": {"num_steps": 500, "rows_per_step": request.global_batch // candidate.documents},
         "parallel": parallel,
         "eval": {"num_samples": 0},
         "checkpoint": {"every": 100},
@@ -38,6 +39,8 @@ def recipe_text(request: Request, candidate: Candidate) -> str:
     head = (
         f"# Planned for {request.ranks} ranks of {request.chip.name}: a step of about {candidate.seconds:.1f} s,\n"
         f"# at most {candidate.fullest.peak / 2**30:.1f} of {candidate.usable / 2**30:.1f} GiB, both by count.\n"
+        f"# A row is {candidate.documents} x {request.sequence} tokens, so a step has {request.global_batch} x "
+        f"{request.sequence} of them.\n"
         "# Neither rehearsed nor run. Replace data.sources, the learning rate and the number of steps.\n"
     )
     return head + tomli_w.dumps(values)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fullweight.planner.coefficients import calibration
+from fullweight.planner import basis
 from fullweight.planner.explain import neighbours, reliability, sensitivity, unknowns
 from fullweight.planner.search import Candidate, Plan, Planner, Request, easy_batches, mfu
 from fullweight.planner.topology import placements
@@ -34,9 +34,8 @@ class Money:
 
 
 def interval(candidate: Candidate) -> tuple[float, float]:
-    """Seconds between which 80 % of published routed runs lie that the model had not seen."""
-    low, high = calibration().moe_spread
-    return candidate.seconds * low, candidate.seconds * high
+    """Seconds between which the step is expected (`basis.py`)."""
+    return basis.interval(candidate.job, candidate.time)
 
 
 def figures(request: Request, candidate: Candidate, money: Money) -> dict[str, float | None]:
@@ -70,7 +69,10 @@ def name_of(candidate: Candidate) -> str:
     virtual = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
     resharded = ", weights shed each pass" if parallel.reshard_after == "micro_batch" else ""
     offload = ", moments on the host" if parallel.offload_optimizer else ""
-    return f"{axes or 'one rank'}{schedule}{virtual}, recompute {parallel.recompute}{resharded}{offload}"
+    cut = f", stages of {' '.join(map(str, parallel.stage_layers))} layers" if parallel.stage_layers else ""
+    rows = f", {candidate.documents} documents in a row" if candidate.documents > 1 else ""
+    name = f"{axes or 'one rank'}{schedule}{virtual}, recompute {parallel.recompute}"
+    return f"{name}{resharded}{offload}{cut}{rows}"
 
 
 def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:
@@ -84,13 +86,18 @@ def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:
         "sequence": request.sequence,
         "global_batch": request.global_batch,
         "convention": CONVENTION,
-        "num_legal": plan.num_legal,
+        "num_shapes": plan.num_shapes,
+        "num_timed": plan.num_timed,
+        "num_asked": plan.num_asked,
         "layouts": [
             {
                 "name": name_of(candidate),
                 "layout": candidate.layout.axes(),
                 "parallel": candidate.parallel.model_dump(mode="json", exclude_defaults=True),
+                "row_tokens": request.sequence * candidate.documents,
+                "rows_per_step": request.global_batch // candidate.documents,
                 "seconds_by_part": asdict(candidate.time),
+                "terms": [asdict(term) for term in basis.terms(candidate.job, candidate.time)],
                 "interval_seconds": interval(candidate),
                 "usable_bytes": candidate.usable,
                 "stages": [asdict(stage) for stage in candidate.memory],
@@ -121,7 +128,8 @@ def print_plan(console: Console, planner: Planner, plan: Plan, money: Money) -> 
     ranks = f"{request.ranks} {'dies' if request.chip.device == 'die' else 'GPUs'}"
     console.print(
         f"{request.model} on {ranks} of {request.chip.name}: {request.global_batch} rows of {request.sequence} "
-        f"tokens a step; {plan.num_legal:,} legal layouts, memory counted for {plan.num_asked:,}",
+        f"tokens a step; {plan.num_shapes:,} combinations of axes, {plan.num_timed:,} layouts timed, memory "
+        f"counted for {plan.num_asked:,}",
         highlight=False,
     )
     if easier := easy_batches(request):
@@ -158,7 +166,7 @@ def _print_none(console: Console, plan: Plan) -> None:
 
 def _print_layouts(console: Console, plan: Plan, money: Money) -> None:
     table = Table(title="fastest that fit", title_justify="left", box=None)
-    names = ("layout", "s/step", "80 % of runs", "MFU", "tok/s/rank", "peak GiB", "kWh/step", "cost/step")
+    names = ("layout", "s/step", "between", "MFU", "tok/s/rank", "peak GiB", "kWh/step", "cost/step")
     for name in names:
         table.add_column(name, justify="left" if name == "layout" else "right")
     for candidate in plan.best:
@@ -196,12 +204,16 @@ def _print_memory(console: Console, best: Candidate) -> None:
 
 
 def _print_time(console: Console, best: Candidate) -> None:
-    parts = {name: seconds for name, seconds in asdict(best.time).items() if seconds > 0.001 * best.seconds}
     lines = []
-    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        bar = "#" * max(round(40 * seconds / best.seconds), 1)
-        lines.append(f"{name.replace('_', ' '):14s} {seconds:7.2f} s {seconds / best.seconds:6.1%} {bar}")
-    _lines(console, "step time", lines)
+    for term in sorted(basis.terms(best.job, best.time), key=lambda term: -term.high):
+        if term.high > 0.001 * best.seconds:
+            bar = "#" * round(20 * term.seconds / best.seconds)
+            width = "" if term.low == term.high else f"{term.low:.2f}-{term.high:.2f}"
+            lines.append(
+                f"{term.name.replace('_', ' '):12s} {term.seconds:7.2f} s {term.seconds / best.seconds:6.1%} "
+                f"{bar:20s} {width:>12s} {term.status:7s} {term.basis}"
+            )
+    _lines(console, "step time, and what each part rests on", lines)
 
 
 def _print_reliability(console: Console, best: Candidate, money: Money) -> None:
@@ -230,7 +242,7 @@ def print_comparison(console: Console, answers: Sequence[tuple[Planner, Plan]], 
         "job",
         "best layout",
         "s/step",
-        "80 % of runs",
+        "between",
         "MFU",
         "Mtok/s",
         "kWh/step",
@@ -239,7 +251,7 @@ def print_comparison(console: Console, answers: Sequence[tuple[Planner, Plan]], 
     )
     for name in names:
         table.add_column(name, justify="left" if name in ("job", "best layout") else "right")
-    energies = []
+    energies, times = [], []
     for _, plan in answers:
         request = plan.request
         chips = request.ranks // request.chip.dies_per_chip
@@ -252,6 +264,7 @@ def print_comparison(console: Console, answers: Sequence[tuple[Planner, Plan]], 
         values = figures(request, best, money)
         cost = values["cost_per_step"]
         energies.append((job, values["kwh_per_step"] or 0.0))
+        times.append((job, best.seconds))
         table.add_row(
             job,
             name_of(best),
@@ -264,7 +277,7 @@ def print_comparison(console: Console, answers: Sequence[tuple[Planner, Plan]], 
             f"{(best.usable - best.fullest.peak) / _GIB:.1f}",
         )
     console.print(table)
-    most = max((energy for _, energy in energies), default=1.0)
-    lines = (f"{job:48s} {energy:8.2f} {'#' * max(round(30 * energy / most), 1)}" for job, energy in energies)
-    _lines(console, "kWh a step", lines)
+    for title, series in (("seconds a step", times), ("kWh a step", energies)):
+        most = max((value for _, value in series), default=1.0)
+        _lines(console, title, (f"{job:48s} {v:8.2f} {'#' * max(round(30 * v / most), 1)}" for job, v in series))
     console.print(CONVENTION, highlight=False)

@@ -1,22 +1,29 @@
 """Which layouts of DeepSeek-V4 fit a cluster, ranked by the time of a step.
 
-Every combination of the axes' usual sizes that the configuration accepts is a candidate. Time is cheap to ask, so
-candidates are sorted by it, and memory is asked in that order until enough of them fit. Left out: stage cuts other
-than by cost (`stage_layers`), and more than one row a micro-batch, which this system does not do. Imports no
-torch.
+The space is in `space.py`: axes, documents in a row, schedules, what is recomputed or offloaded, cuts of stages.
+It is searched from the fastest on: a combination of axes enters a queue with a time that none of its layouts can
+beat, is opened when it is first in the queue, and its layouts enter with their own times; memory is asked of a
+layout that is first. So the first that fit are the fastest of the whole space, and most of it is never opened. A
+layout whose dearest rank is a little too full gives a layer to the emptiest rank and queues again, with its longer
+time. Combinations whose smallest layout is far too large are dropped whole.
+
+Left out: sizes that the space does not have, and schedules that this system does not run. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any
+from functools import cached_property, partial
+from itertools import count as numbers
 
 from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import training_flops_per_token
 from fullweight.parallel.config import Layout, ParallelConfig
+from fullweight.planner import space
 from fullweight.planner.chips import Chip
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import StepTime, parts_of, step_time
@@ -47,10 +54,11 @@ class Candidate:
     layout: Layout
     job: Job
     time: StepTime
+    documents: int = 1  # of the request's length, in a row
     memory: tuple[StageMemory, ...] = ()
     usable: int = 0
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         return self.time.total
 
@@ -65,11 +73,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The fastest layouts that fit, in order, and how many were looked at."""
+    """The fastest layouts that fit, in order, and how much was looked at."""
 
     request: Request
     best: tuple[Candidate, ...]
-    num_legal: int
+    num_shapes: int  # legal combinations of axes and documents in a row
+    num_timed: int
     num_asked: int  # for their memory
     smallest: Candidate | None  # of those asked, the one that needs least, when none fits
 
@@ -81,78 +90,49 @@ class Planner:
         self.request = request
         self.memory = MemoryModel(request.config)
         self.work: Work = work_of_v4(request.config, request.sequence)
+        self._costs: dict[tuple[object, ...], tuple[float, ...]] = {}
 
     def search(self, count: int = 5) -> Plan:
         """The `count` fastest layouts that fit. Raises ConfigError when no layout is legal."""
         _check_batch(self.request)
-        candidates = sorted(self.candidates(), key=lambda c: c.seconds)
-        if not candidates:
+        queue = _Queue(self)
+        if not queue.num_shapes:
             raise ConfigError(
                 f"no layout of {self.request.ranks} ranks suits rows of {self.request.sequence} tokens and "
                 f"{self.request.global_batch} rows a step; use {_powers(self.request)}, or rows that are a "
                 f"multiple of what divides {self.request.ranks}"
             )
         best: list[Candidate] = []
-        smallest: Candidate | None = None
-        asked = 0
-        for candidate in candidates:
-            asked += 1
-            known = self.with_memory(candidate)
-            if known.fits:
-                best.append(known)
-                if len(best) == count:
-                    break
-            elif not best and (smallest is None or known.fullest.peak < smallest.fullest.peak):
-                smallest = known
-        return Plan(self.request, tuple(best), len(candidates), asked, None if best else smallest)
+        while len(best) < count and (found := queue.next_that_fits()) is not None:
+            best.append(found)
+        smallest = None if best else queue.smallest
+        return Plan(self.request, tuple(best), queue.num_shapes, queue.num_timed, queue.num_asked, smallest)
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Every legal layout of the usual sizes, with its time."""
-        request = self.request
-        sizes = [n for n in (1, 2, 4, 8, 16, 32) if request.ranks % n == 0]
-        for tensor, pipeline, context in product(sizes[:4], sizes, sizes[:4]):
-            if pipeline * tensor * context > request.ranks:
-                continue
-            for schedule, virtual, reshard in _schedules(pipeline):
-                for replicate, expert in product((1, 2, 4), _experts(request)):
-                    shape = self._shape(
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        context=context,
-                        schedule=schedule,
-                        virtual_stages=virtual,
-                        reshard_after=reshard,
-                        replicate=replicate,
-                        expert=expert,
-                    )
-                    if shape is None:
-                        continue
-                    for recompute, offload in product(("none", "selective", "full"), (False, True)):
-                        changes = {"recompute": recompute, "offload_optimizer": offload}
-                        yield self.timed(shape[0].model_copy(update=changes), shape[1])
-
-    def _shape(self, **values: Any) -> tuple[ParallelConfig, Layout] | None:
-        """The layout of these axes, if it is legal."""
-        dense, rest = divmod(self.request.ranks, values["pipeline"] * values["replicate"])
-        if rest or dense % values["expert"] or dense % (values["tensor"] * values["context"]):
-            return None
-        parallel = ParallelConfig.model_validate(values)
-        try:
-            return parallel, self.layout(parallel)
-        except ConfigError:
-            return None
-
-    def layout(self, parallel: ParallelConfig) -> Layout:
+    def layout(self, parallel: ParallelConfig, documents: int = 1) -> Layout:
         """Raises ConfigError for what cannot be."""
         request = self.request
-        return parallel.layout(request.ranks, request.config, request.sequence, request.global_batch)
+        if request.global_batch % documents:
+            raise ConfigError(
+                f"{request.global_batch} documents a step do not fill rows of {documents}; use a divisor of it"
+            )
+        row_tokens, rows = request.sequence * documents, request.global_batch // documents
+        return parallel.layout(request.ranks, request.config, row_tokens, rows)
 
-    def timed(self, parallel: ParallelConfig, layout: Layout) -> Candidate:
+    def timed(self, parallel: ParallelConfig, layout: Layout, documents: int = 1) -> Candidate:
         """The layout with the time of its step."""
-        job = self.job(parallel, layout)
-        return Candidate(parallel, layout, job, step_time(parts_of(job), calibration().coefficients))
+        job = self.job(parallel, layout, documents)
+        time = step_time(parts_of(job), calibration().coefficients)
+        return Candidate(parallel, layout, job, time, documents)
 
-    def job(self, parallel: ParallelConfig, layout: Layout) -> Job:
+    def bound(self, shape: space.Shape, layout: Layout) -> float:
+        """Seconds that no layout of this shape can beat: all it could save is saved at once."""
+        virtual = max(v for _, v, _ in space.schedules(shape.pipeline, self.request.config.num_hidden_layers))
+        job = self.job(space.parallel(shape), layout, shape.documents)
+        even = replace(job, virtual=virtual, overlapped_bubble=True, stage_costs=(1.0,) * shape.pipeline)
+        parts = parts_of(even)
+        return step_time(replace(parts, pipeline=parts.pipeline / virtual), calibration().coefficients).total
+
+    def job(self, parallel: ParallelConfig, layout: Layout, documents: int = 1) -> Job:
         request = self.request
         return Job(
             work=self.work,
@@ -160,6 +140,7 @@ class Planner:
             ranks=request.ranks,
             sequence=request.sequence,
             global_batch=request.global_batch,
+            micro_batch=documents,
             tensor=layout.tensor,
             context=layout.context,
             pipeline=layout.pipeline,
@@ -171,35 +152,150 @@ class Planner:
             offload=parallel.offload_optimizer,
             recompute=parallel.recompute,
             overlapped_bubble=parallel.schedule in {"zero_bubble", "zbv"},
-            stage_costs=self._stage_costs(parallel),
+            stage_costs=self._stage_costs(parallel, request.sequence * documents),
             dispatch="plain",  # parallel/expert.py sends every choice, and its numbers are read on the host
             expert_skew=request.skew if layout.expert > 1 else 1.0,
         )
 
-    def _stage_costs(self, parallel: ParallelConfig) -> tuple[float, ...] | None:
+    def _stage_costs(self, parallel: ParallelConfig, row_tokens: int) -> tuple[float, ...] | None:
         if parallel.pipeline == 1:
             return None
-        costs, stages, first = self.work.stage_costs, [], 0
-        for count in self.memory.stages(parallel, self.request.sequence):
-            stages.append(sum(costs[first : first + count]))
-            first += count
-        ranks = parallel.pipeline
-        if parallel.schedule == "zbv":  # down the ranks and up again
-            return tuple(stages[:ranks]) + tuple(reversed(stages[ranks:]))
-        return tuple(stages)
+        counts = self.memory.stages(parallel, row_tokens)
+        key = (parallel.pipeline, parallel.schedule == "zbv", counts)
+        if key not in self._costs:
+            costs, stages, first = self.work.stage_costs, [], 0
+            for number in counts:
+                stages.append(sum(costs[first : first + number]))
+                first += number
+            if parallel.schedule == "zbv":  # down the ranks and up again
+                stages[parallel.pipeline :] = reversed(stages[parallel.pipeline :])
+            self._costs[key] = tuple(stages)
+        return self._costs[key]
 
     def with_memory(self, candidate: Candidate) -> Candidate:
         """The candidate with what each of its pipeline ranks holds."""
-        request = self.request
-        rows = request.global_batch // candidate.layout.data_size
-        setting = Setting(request.sequence, rows, request.optimizer, candidate.job.expert_skew)
-        stages = self.memory.of(candidate.parallel, candidate.layout, setting)
-        usable = request.chip.usable_bytes(num_groups(candidate.layout))
+        return replace(candidate, memory=tuple(self.ranks(candidate)), usable=self.usable(candidate.layout))
+
+    def ranks(self, candidate: Candidate) -> Iterator[StageMemory]:
+        """Memory of its pipeline ranks, in order, each counted when it is asked for."""
+        request, documents = self.request, candidate.documents
+        rows = request.global_batch // documents // candidate.layout.data_size
+        setting = Setting(request.sequence * documents, rows, request.optimizer, candidate.job.expert_skew)
+        return self.memory.of(candidate.parallel, candidate.layout, setting)
+
+    def usable(self, layout: Layout) -> int:
+        """Bytes of a rank that its process groups leave."""
+        return self.request.chip.usable_bytes(num_groups(layout))
+
+    def evaluated(self, parallel: ParallelConfig, documents: int = 1) -> Candidate:
+        """One layout with time and memory. Raises ConfigError for what cannot be."""
+        return self.with_memory(self.timed(parallel, self.layout(parallel, documents), documents))
+
+
+_MOVES = 3
+_A_LITTLE = 1.2
+"""Layers that may move to another stage, and how far above the limit a rank may be for that to be tried."""
+
+
+class _Queue:
+    """The space of one job, from the fastest on: shapes by their bounds, layouts by their times."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner, self._numbers = planner, numbers()
+        self._heap: list[tuple[float, int, Callable[[], Candidate | None]]] = []
+        self._layers = planner.request.config.num_hidden_layers
+        self.num_shapes = self.num_timed = self.num_asked = 0
+        self._least: tuple[float, Candidate | None] = (math.inf, None)
+        self._too_long: dict[tuple[int, ...], int] = {}
+        for shape in space.shapes(planner.request.ranks, planner.request.config, planner.request.sequence):
+            try:
+                layout = planner.layout(space.parallel(shape), shape.documents)
+            except ConfigError:
+                continue
+            self.num_shapes += 1
+            self._push(planner.bound(shape, layout), partial(self._open, shape, layout))
+
+    def next_that_fits(self) -> Candidate | None:
+        """The fastest layout that fits and was not given yet; None when there is none left."""
+        while self._heap:
+            if (found := heapq.heappop(self._heap)[2]()) is not None:
+                return found
+        return None
+
+    def _push(self, seconds: float, then: Callable[[], Candidate | None]) -> None:
+        heapq.heappush(self._heap, (seconds, next(self._numbers), then))
+
+    def _asked(self, candidate: Candidate) -> Candidate | None:
+        """The candidate with its memory; None where a rank is far too full, which ends the count."""
+        self.num_asked += 1
+        usable, stages = self._planner.usable(candidate.layout), []
+        for stage in self._planner.ranks(candidate):
+            stages.append(stage)
+            if stage.peak > _A_LITTLE * usable:
+                break
+        most = max(stage.peak for stage in stages)
+        if most > usable and most < self._least[0]:
+            self._least = (most, candidate)
+        if most > _A_LITTLE * usable:
+            return None
         return replace(candidate, memory=tuple(stages), usable=usable)
 
-    def evaluated(self, parallel: ParallelConfig) -> Candidate:
-        """One layout with time and memory. Raises ConfigError for what cannot be."""
-        return self.with_memory(self.timed(parallel, self.layout(parallel)))
+    @property
+    def smallest(self) -> Candidate | None:
+        """Of the layouts that do not fit, the one that needs least, as far as they were counted."""
+        return None if self._least[1] is None else self._planner.with_memory(self._least[1])
+
+    def _timed(self, parallel: ParallelConfig, layout: Layout, documents: int) -> Candidate:
+        self.num_timed += 1
+        return self._planner.timed(parallel, layout, documents)
+
+    def _open(self, shape: space.Shape, layout: Layout) -> None:
+        """Queue every schedule of a shape by its fastest layout, unless the smallest of all is far too large."""
+        base = space.parallel(shape)
+        if shape.pipeline > 1:
+            base = base.model_copy(update={"reshard_after": "micro_batch"})
+        if shape.documents >= self._too_long.get(shape[:-1], math.inf):  # fewer in a row did not fit either
+            return
+        if self._asked(self._timed(space.policies(base)[-1], layout, shape.documents)) is None:
+            self._too_long[shape[:-1]] = min(shape.documents, self._too_long.get(shape[:-1], shape.documents))
+            return
+        rows = self._planner.request.global_batch // shape.documents // layout.data_size
+        for schedule in space.schedules(shape.pipeline, self._layers):
+            if space.legal(schedule, shape.pipeline, rows):
+                fastest = self._timed(space.parallel(shape, schedule), layout, shape.documents)
+                self._push(fastest.seconds, partial(self._open_schedule, fastest))
+
+    def _open_schedule(self, fastest: Candidate) -> None:
+        """Queue what is recomputed or offloaded with one schedule, unless the smallest layout is far too large."""
+        _, *others = space.policies(fastest.parallel)
+        layouts = [fastest, *(self._timed(p, fastest.layout, fastest.documents) for p in others)]
+        if self._asked(layouts[-1]) is not None:
+            for candidate in layouts:
+                self._push(candidate.seconds, partial(self._ask, candidate, 0))
+
+    def _ask(self, candidate: Candidate, moves: int) -> Candidate | None:
+        """The layout if it fits; else one with a layer moved is queued."""
+        known = self._asked(candidate)
+        if known is None or known.fits:
+            return known
+        self._move_a_layer(known, moves)
+        return None
+
+    def _move_a_layer(self, known: Candidate, moves: int) -> None:
+        """Queue the layout with a layer moved from the fullest rank to the emptiest, if that may help."""
+        parallel, peaks = known.parallel, [stage.peak for stage in known.memory]
+        if parallel.pipeline == 1 or moves == _MOVES or sum(peaks) / len(peaks) > known.usable:
+            return
+        row_tokens = self._planner.request.sequence * known.documents
+        moved = space.with_a_layer_moved(
+            parallel,
+            self._planner.memory.stages(parallel, row_tokens),
+            peaks.index(max(peaks)),
+            peaks.index(min(peaks)),
+        )
+        if moved is not None:
+            candidate = self._timed(moved, known.layout, known.documents)
+            self._push(candidate.seconds, partial(self._ask, candidate, moves + 1))
 
 
 def model_flops(request: Request) -> float:
@@ -211,19 +307,6 @@ def model_flops(request: Request) -> float:
 def mfu(request: Request, seconds: float) -> float:
     """Model FLOPs of a step over the dense BF16 peak of all ranks."""
     return model_flops(request) / seconds / (request.chip.bf16_tflops * 1e12 * request.ranks)
-
-
-def _schedules(pipeline: int) -> tuple[tuple[str, int, str], ...]:
-    """(schedule, virtual stages, how long stages have their weights whole)."""
-    if pipeline == 1:
-        return (("1f1b", 1, "step"),)
-    staged = ("interleaved", 2, "step"), ("interleaved", 4, "step"), ("zbv", 2, "step")
-    return ("1f1b", 1, "step"), ("1f1b", 1, "micro_batch"), *staged
-
-
-def _experts(request: Request) -> list[int]:
-    experts = request.config.n_routed_experts
-    return [n for n in range(1, experts + 1) if experts % n == 0 and request.ranks % n == 0]
 
 
 def _powers(request: Request) -> str:

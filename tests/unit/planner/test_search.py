@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from tests.processes import fullweight
 from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.parallel.config import ParallelConfig
+from fullweight.planner import space
+from fullweight.planner.basis import interval, terms
 from fullweight.planner.chips import chip
 from fullweight.planner.explain import neighbours, reliability, sensitivity, unknowns
 from fullweight.planner.recipe import recipe_text
-from fullweight.planner.search import Planner, Request, easy_batches, mfu
+from fullweight.planner.search import Candidate, Planner, Request, easy_batches, mfu
 from fullweight.train.config import RunConfig
 
 FLASH = DeepSeekV4Config.preset("flash")
@@ -37,7 +41,8 @@ def test_what_is_proposed_is_legal_fits_and_is_in_order() -> None:
     seconds = [candidate.seconds for candidate in PLAN.best]
     assert seconds == sorted(seconds)
     for candidate in PLAN.best:
-        assert candidate.layout == candidate.parallel.layout(128, FLASH, 4096, 256)
+        rows = 256 // candidate.documents
+        assert candidate.layout == candidate.parallel.layout(128, FLASH, 4096 * candidate.documents, rows)
         assert max(stage.peak for stage in candidate.memory) <= candidate.usable
         assert 0 < mfu(PLANNER.request, candidate.seconds) < 1
 
@@ -56,6 +61,106 @@ def test_more_memory_never_unfits(memory: float, factor: float) -> None:
 def test_the_best_with_more_memory_is_no_slower() -> None:
     large = chip("ascend-910c").model_copy(update={"memory_gb": 119.2})
     assert Planner(request(chip=large)).search(1).best[0].seconds <= PLAN.best[0].seconds
+
+
+def everything(planner: Planner) -> Iterator[Candidate]:
+    """Every layout of the space that is legal, one by one."""
+    request = planner.request
+    for shape in space.shapes(request.ranks, request.config, request.sequence):
+        for schedule in space.schedules(shape.pipeline, request.config.num_hidden_layers):
+            for parallel in space.policies(space.parallel(shape, schedule)):
+                try:
+                    yield planner.evaluated(parallel, shape.documents)
+                except ConfigError:
+                    continue
+
+
+def test_the_search_finds_what_trying_everything_finds() -> None:
+    """The queue gives the whole space in order, whatever fits; stages cut by hand come beside."""
+    device = chip("h100").model_copy(update={"reserved_gb": 0.0, "buffer_gb_per_group": 0.0})
+    base = Request("small", DeepSeekV4Config.preset("small"), device, 8, 4096, 16)
+    tried = sorted(everything(Planner(base)), key=lambda c: c.seconds)
+    peaks = sorted(c.fullest.peak for c in tried)
+    for place in (20, len(peaks) // 3, -1):
+        limit = device.model_copy(update={"memory_gb": (peaks[place] + 1024) / 2**30})
+        found = Planner(replace(base, chip=limit)).search(20)
+        by_cost = [c.seconds for c in found.best if not c.parallel.stage_layers]
+        assert len(by_cost) >= 5
+        assert by_cost == [c.seconds for c in tried if c.fullest.peak <= peaks[place]][: len(by_cost)]
+        assert found.num_asked < len(tried)
+
+
+def test_no_layout_of_a_shape_beats_its_bound() -> None:
+    planner = Planner(request(ranks=64, global_batch=256))
+    for shape in list(space.shapes(64, FLASH, 4096))[::23]:
+        try:
+            layout = planner.layout(space.parallel(shape), shape.documents)
+        except ConfigError:
+            continue
+        bound = planner.bound(shape, layout)
+        for schedule in space.schedules(shape.pipeline, FLASH.num_hidden_layers):
+            if space.legal(schedule, shape.pipeline, 256 // shape.documents // layout.data_size):
+                for parallel in space.policies(space.parallel(shape, schedule)):
+                    assert planner.timed(parallel, layout, shape.documents).seconds >= bound * (1 - 1e-12)
+
+
+def test_the_last_policy_needs_least() -> None:
+    """What lets a whole shape be dropped by one question."""
+    for pipeline in (1, 4):
+        base = ParallelConfig(pipeline=pipeline, expert=16)
+        peaks = [PLANNER.evaluated(parallel).fullest.peak for parallel in space.policies(base)]
+        assert min(peaks) == peaks[-1]
+
+
+def test_a_layer_moves_to_the_emptiest_rank() -> None:
+    base = ParallelConfig(pipeline=3)
+    moved = space.with_a_layer_moved(base, (14, 14, 15), 0, 2)
+    assert moved is not None
+    assert moved.stage_layers == (13, 14, 16)
+    assert space.with_a_layer_moved(base, (1, 21, 21), 0, 2) is None
+
+
+def test_stages_are_cut_by_hand_where_a_rank_is_too_full() -> None:
+    """Pro on 160 chips fits no cut by cost with this layout, and one with two layers moved."""
+    pro = DeepSeekV4Config.preset("pro")
+    planner = Planner(Request("pro", pro, chip("ascend-910c"), 320, 4096, 1280))
+    best = planner.search(1).best[0]
+    assert best.parallel.stage_layers
+    assert sum(best.parallel.stage_layers) == pro.num_hidden_layers
+    assert not planner.evaluated(best.parallel.model_copy(update={"stage_layers": ()})).fits
+    config = RunConfig.resolve(tomllib.loads(recipe_text(planner.request, best)), "a recipe")
+    assert config.parallel == best.parallel
+
+
+def test_documents_in_a_row_keep_the_tokens_of_a_step() -> None:
+    one, two = (PLANNER.evaluated(ParallelConfig(tensor=2, expert=64), number) for number in (1, 2))
+    assert one.job.tokens == two.job.tokens
+    assert two.job.micro_batches == one.job.micro_batches / 2
+    assert two.time.launch < one.time.launch
+    assert two.fullest.activations > 1.5 * one.fullest.activations
+    config = tomllib.loads(recipe_text(PLANNER.request, two))
+    assert config["data"]["row_tokens"] * config["train"]["rows_per_step"] == 4096 * 256
+    with pytest.raises(ConfigError, match="do not fill rows of 3"):
+        PLANNER.evaluated(ParallelConfig(), 3)
+
+
+def test_every_part_says_what_it_rests_on() -> None:
+    """Intervals hold the value; what no run on this make shows is UNKNOWN and within a factor of two."""
+    best = PLAN.best[0]
+    found = {term.name: term for term in terms(best.job, best.time)}
+    assert sum(term.seconds for term in found.values()) == pytest.approx(best.seconds)
+    assert all(term.low <= term.seconds <= term.high for term in found.values())
+    assert found["compute"].status == "thin"
+    assert "1 on Ascend" in found["compute"].basis
+    assert found["data"].status == "UNKNOWN"
+    assert found["data"].high == 2 * found["data"].seconds
+    assert found["expert load"].high > 0
+    low, high = interval(best.job, best.time)
+    assert low < best.seconds < high
+    measured = Planner(request(skew=1.2)).evaluated(best.parallel, best.documents)
+    assert "expert load" not in {term.name for term in terms(measured.job, measured.time)}
+    gpu = Planner(request(chip=chip("h100"), ranks=64)).evaluated(ParallelConfig(expert=8))
+    assert {term.name: term.status for term in terms(gpu.job, gpu.time)}["compute"] == "fitted"
 
 
 def test_neighbours_say_why_not() -> None:
@@ -91,7 +196,18 @@ def test_the_recipe_is_one_that_training_reads(tmp_path: Path) -> None:
     config = RunConfig.from_toml(file, [])
     assert config.layout(128) == PLAN.best[0].layout
     assert config.parallel == PLAN.best[0].parallel
-    assert config.train.rows_per_step == 256
+    assert config.train.rows_per_step * config.data.row_tokens == 256 * 4096
+
+
+@pytest.mark.slow
+def test_a_planned_recipe_is_one_that_rehearses(tmp_path: Path) -> None:
+    """From `--emit` to a rehearsal, with nothing between."""
+    recipe = tmp_path / "recipe.toml"
+    base = ("plan", "tiny", "--chip", "h100", "--chips", "2", "--sequence", "256", "--global-batch", "8")
+    planned = fullweight(*base, "--emit", recipe)
+    assert planned.ok, planned.output
+    rehearsed = fullweight("rehearse", recipe, "--ranks", "2", "--chip", "h100", "--processes", "1")
+    assert rehearsed.ok, rehearsed.output
 
 
 def test_a_batch_that_nothing_divides_is_told() -> None:
