@@ -10,7 +10,8 @@ from tests.processes import Ended, fullweight
 from fullweight.checkpoint.generations import choose, listed
 from fullweight.checkpoint.manifest import verify
 from fullweight.core.crash import VARIABLE
-from fullweight.evidence.ledger import read
+from fullweight.evidence.ledger import mend, read
+from fullweight.evidence.manifest import require_bound
 
 RECIPE = "recipes/tiny_smoke.toml"
 SETTINGS = [
@@ -46,7 +47,10 @@ def lines(folder: Path, kind: str = "step") -> list[dict[str, Any]]:
 
 def assert_same_in_the_end(folder: Path, expected: Path) -> None:
     """Bit for bit the run that nothing interrupted: every step's numbers, held-out loss, the whole last state."""
-    for kind, keys in (("step", ("step", "loss", "grad_norm", "tokens", "experts")), ("eval", ("step", "loss"))):
+    for kind, keys in (
+        ("step", ("step", "loss", "grad_norm", "tokens", "experts", "batch")),
+        ("eval", ("step", "loss")),
+    ):
         one, other = ([{k: e[k] for k in keys} for e in lines(f, kind)] for f in (folder, expected))
         assert one == other
     newest, wanted = (choose(f / "checkpoints").generation for f in (folder, expected))
@@ -59,5 +63,7 @@ def assert_same_in_the_end(folder: Path, expected: Path) -> None:
     assert shards[0] == shards[1]
     for _, path in listed(folder / "checkpoints"):
         verify(path)
+    mend(folder / "ledger.jsonl")  # refuses a chain with a gap
+    require_bound(folder / "manifest.json", folder / "ledger.jsonl")
     left = [p.name for p in (folder / "checkpoints").iterdir() if p.name.startswith((".writing", ".removing"))]
     assert left == []

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fullweight as package
 from fullweight.checkpoint.generations import listed
+from fullweight.data.loader import PackedLoader, batch_digest
+from fullweight.data.sources import question_digest, read
+from fullweight.data.tokenizer import load_tokenizer
+from fullweight.evidence.merkle import root
+from fullweight.train.config import RunConfig
 
 SHORT = ["--set", "train.num_steps=6", "--set", "train.precision=fp32", "--set", "eval.num_samples=2"]
 SHORT += ["--set", "eval.every=3", "--set", "checkpoint.every=3", "--set", "eval.max_new_tokens=8"]
@@ -34,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, fullweight: Command) -> P
 def test_the_run_folder_is_complete(finished: Path) -> None:
     """Everything that section 4 of the run folder's documentation names is there."""
     names = {p.name for p in finished.iterdir()}
-    expected = {"config.json", "model.json", "environment.json", "launch.json", "ledger.jsonl"}
+    expected = {"config.json", "model.json", "environment.json", "launch.json", "ledger.jsonl", "manifest.json"}
     assert names == expected | {"tokenizer", "checkpoints", "samples", "plots", "export", "summary.html"}
     assert [s for s, _ in listed(finished / "checkpoints")] == [3, 6]
     assert sorted(p.name for p in (finished / "samples").iterdir()) == [
@@ -59,6 +66,56 @@ def test_every_step_is_recorded_in_full(finished: Path) -> None:
         assert line["peak"]["source"]
     losses = [e["loss"]["lm"] for e in ledger(finished, "eval")]
     assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_record_can_be_recomputed(finished: Path) -> None:
+    """The chain by hashing lines, batches by a fresh loader of the recorded settings, losses from their bits."""
+    raw = (finished / "ledger.jsonl").read_bytes().splitlines()
+    lines = [json.loads(line) for line in raw]
+    assert [line["previous"] for line in lines] == ["0" * 64, *(sha256(line).hexdigest() for line in raw[:-1])]
+    start, manifest = lines[0], json.loads((finished / "manifest.json").read_text())
+    assert (start["what"], start["segment"], start["run"]) == ("start", 0, manifest["run"])
+    assert start["manifest_sha256"] == sha256((finished / "manifest.json").read_bytes()).hexdigest()
+
+    config = RunConfig.resolve(manifest["config"], "manifest.json")
+    tokenizer = load_tokenizer(str(finished / "tokenizer"))
+    assert manifest["data"]["tokenizer_sha256"] == tokenizer.sha256
+    with PackedLoader(config.data, tokenizer) as loader:
+        for line in ledger(finished):
+            rows = [next(loader) for _ in range(config.train.rows_per_step)]
+            digests = b"".join(bytes.fromhex(batch_digest(row)) for row in rows)
+            position = loader.state_dict()
+            assert line["batch"] == {
+                "digest": sha256(digests).hexdigest(),
+                "rows": len(rows),
+                "samples": sum(len(row.sample_ids) for row in rows),
+                "epoch": position["epoch"],
+                "row": position["row"],
+            }
+            for name, value in {**line["loss"], "total": line["total_loss"]}.items():
+                assert bytes.fromhex(line["loss_hex"][name]) == struct.pack(">f", value)
+            assert line["power"]["source"] == "unknown" or line["power"]["watts"] > 0
+    split: dict[bool, list[bytes]] = {True: [], False: []}
+    for digest, record in {r.digest: r for source in config.data.sources for r in read(source)}.items():
+        question = bytes.fromhex(question_digest(record.sample))
+        split[int.from_bytes(question[:8], "little") < 0.1 * 2**64].append(bytes.fromhex(digest))
+    for side, digests in (("train", split[False]), ("held_out", split[True])):
+        assert manifest["data"][side] == {"number": len(digests), "merkle_root": root(digests)}
+
+
+def test_the_end_is_recorded(finished: Path) -> None:
+    """Checkpoints under their steps, what was exported, and the totals."""
+    events = ledger(finished, "event")
+    assert [(e["step"], e["generation"]) for e in events if e["what"] == "checkpoint"] == [
+        (3, "step-3"),
+        (6, "step-6"),
+    ]
+    assert [e["what"] for e in events[-2:]] == ["export", "finish"]
+    receipt = (finished / "export" / "receipt.json").read_bytes()
+    assert events[-2]["receipt_sha256"] == sha256(receipt).hexdigest()
+    assert (events[-1]["steps"], events[-1]["tokens"]) == (6, ledger(finished)[-1]["tokens"]["so_far"])
+    samples = {(e["samples"], e["num_samples"], e["num_questions"]) for e in ledger(finished, "eval")}
+    assert len(samples) == 1, "every evaluation is of the same samples"
 
 
 def test_transformers_loads_the_export_and_agrees(finished: Path) -> None:
@@ -92,11 +149,17 @@ def test_resuming_in_a_fresh_process_is_bit_exact(
     assert "latest names step-6, which is not there" in refused.stderr
     fullweight("resume", died, "--on-corrupt", "previous")
 
-    for kind, keys in (("step", ("step", "loss", "grad_norm", "tokens", "experts")), ("eval", ("loss", "score"))):
+    for kind, keys in (
+        ("step", ("step", "loss", "loss_hex", "grad_norm", "tokens", "experts", "batch")),
+        ("eval", ("loss", "score", "samples")),
+    ):
         one, other = ([{k: e[k] for k in keys} for e in ledger(r, kind)] for r in (whole, died))
         assert one == other
     [event] = [e for e in ledger(died, "event") if e["what"] == "resume"]
     assert (event["generation"], event["superseded_steps"]) == ("step-3", 3)
+    assert not {"code", "environment"} & event.keys(), "the same code on the same machine"
+    before = (whole / "ledger.jsonl").read_bytes()
+    assert (died / "ledger.jsonl").read_bytes().startswith(before), "nothing that was recorded is gone"
     for part in ("export", "checkpoints/step-6"):
         for path in (whole / part).glob("*"):
             if path.suffix in (".distcp", ".safetensors"):

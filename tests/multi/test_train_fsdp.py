@@ -66,6 +66,7 @@ def test_two_ranks_follow_one(optimizer: str, tmp_path: Path) -> None:
     assert [s["step"] for s in two] == list(range(1, 11))
     for a, b in zip(one, two, strict=True):
         assert b["tokens"] == a["tokens"]
+        assert b["batch"] == a["batch"], "the same rows in the same order"
         assert b["without_gradient"] == a["without_gradient"]
         assert b["unseen_embeddings"] == a["unseen_embeddings"]
         assert b["loss"]["lm"] == pytest.approx(a["loss"]["lm"], rel=BOUND)

@@ -14,6 +14,7 @@ import typer
 from fullweight.cli.bench import bench_app
 from fullweight.cli.bench_checkpoint import bench_checkpoint_command
 from fullweight.cli.bench_convert import bench_convert_command
+from fullweight.cli.bench_evidence import bench_evidence_command
 from fullweight.cli.bench_planner import bench_planner_command
 from fullweight.cli.chat import chat_command
 from fullweight.cli.checkpoint import checkpoint_app
@@ -48,6 +49,7 @@ app.add_typer(convert_app, name="convert")
 bench_app.command("convert")(bench_convert_command)
 bench_app.command("checkpoint")(bench_checkpoint_command)
 bench_app.command("planner")(bench_planner_command)
+bench_app.command("evidence")(bench_evidence_command)
 app.add_typer(bench_app, name="bench")
 
 

@@ -130,6 +130,7 @@ class Batch:
     loss_mask: Tensor  # [T] float32
     layout: PackedLayout
     sample_ids: tuple[str, ...] = ()
+    digest: str | None = None  # of its content (`data.loader.batch_digest`), where the loader took it
 
     @property
     def num_tokens(self) -> int:

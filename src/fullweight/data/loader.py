@@ -184,11 +184,13 @@ def make_batch(store: TokenStore, samples: Indices, row_tokens: int, ratios: Seq
 
 
 def batch_digest(batch: Batch) -> str:
-    """Hex digest of a batch's tokens, loss mask and document lengths, for the ledger."""
-    hasher = hashlib.blake2b(digest_size=8)
-    hasher.update(batch.tokens.cpu().numpy().astype("<i8").tobytes())
-    hasher.update(batch.loss_mask.cpu().numpy().astype("<f4").tobytes())
-    hasher.update(json.dumps(batch.layout.document_lengths).encode())
+    """What stands for a row in the ledger: SHA-256, in hex, of its tokens (int64, little-endian), its loss mask
+    (fp32, little-endian), and its document lengths as JSON without spaces; padding is the last document.
+    """
+    hasher = hashlib.sha256()
+    hasher.update(batch.tokens.cpu().numpy().astype("<i8").data)
+    hasher.update(batch.loss_mask.cpu().numpy().astype("<f4").data)
+    hasher.update(json.dumps(batch.layout.document_lengths, separators=(",", ":")).encode())
     return hasher.hexdigest()
 
 
@@ -215,7 +217,7 @@ def _rank_rows(
     while True:
         turn = list(islice(rows, world_size))
         batch = make_batch(prepared.train, turn[rank][0], config.row_tokens, ratios, pad_id)
-        yield batch, turn[-1][1]
+        yield replace(batch, digest=batch_digest(batch)), turn[-1][1]
 
 
 def _all_rows(prepared: Prepared, config: DataConfig, cursor: _Cursor) -> Iterator[tuple[Indices, _Cursor]]:

@@ -185,6 +185,14 @@ def _parquet_rows(path: Path, columns: Columns) -> Rows:
 
 
 def _dataset_rows(source: str, columns: Columns, split: str, file: Path | None) -> Rows:
+    opened = _opened_dataset(source, split, file)
+    _check_columns(source, columns, opened.column_names)
+    kept = [n for n in opened.column_names if n in (*columns.required(), *columns.optional())]
+    for number, row in enumerate(opened.select_columns(kept), start=1):
+        yield f"{source} row {number}", _prune(row)
+
+
+def _opened_dataset(source: str, split: str, file: Path | None) -> Any:
     import datasets  # noqa: PLC0415 (takes over a second; only this kind of source needs it)
 
     try:
@@ -200,10 +208,13 @@ def _dataset_rows(source: str, columns: Columns, split: str, file: Path | None) 
             f"{source!r} is no file that is read here ({', '.join(_READERS)}), and `datasets` cannot open it "
             f"(split {split!r}): {_reason(error)}"
         ) from None
-    _check_columns(source, columns, opened.column_names)
-    kept = [n for n in opened.column_names if n in (*columns.required(), *columns.optional())]
-    for number, row in enumerate(opened.select_columns(kept), start=1):
-        yield f"{source} row {number}", _prune(row)
+    return opened
+
+
+def fingerprint(source: str, split: str) -> dict[str, Any]:
+    """What `datasets` knows a data set by that it fetched from elsewhere. Raises DataError when it has none."""
+    opened = _opened_dataset(source, split, None)
+    return {"split": split, "fingerprint": opened._fingerprint, "version": str(opened.version)}
 
 
 def _builder(file: Path) -> str:

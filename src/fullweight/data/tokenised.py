@@ -146,6 +146,8 @@ class Prepared:
     counts: tuple[SourceCounts, ...]
     key: str
     encode_seconds: float | None  # None when the token arrays came from the cache
+    train_digests: bytes = b""  # content digests, 16 bytes each, of the samples that the split put here, as read
+    held_out_digests: bytes = b""
 
 
 class _Verdict(IntEnum):
@@ -163,7 +165,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Prepared:
     when no training sample is left.
     """
     counts = [SourceCounts(s.name) for s in (*config.sources, *config.held_out)]
-    verdicts, held_out_samples, key = _split(config, tokenizer, counts)
+    verdicts, held_out_samples, key, digests = _split(config, tokenizer, counts)
     folder = config.cache_folder / key if config.cache_folder is not None else None
     if folder is not None and folder.is_dir():
         train, held_out, counts = _load(folder, config)
@@ -176,7 +178,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Prepared:
             _save(folder, train, held_out, counts)
             train, held_out, counts = _load(folder, config)
     _check_trainable(config, counts)
-    return Prepared(train, held_out, tuple(held_out_samples), tuple(counts), key, seconds)
+    return Prepared(train, held_out, tuple(held_out_samples), tuple(counts), key, seconds, *digests)
 
 
 def _check_trainable(config: DataConfig, counts: list[SourceCounts]) -> None:
@@ -201,14 +203,15 @@ def _all_records(config: DataConfig) -> Iterator[tuple[int, Record]]:
 
 def _split(
     config: DataConfig, tokenizer: Tokenizer, counts: list[SourceCounts]
-) -> tuple[bytearray, list[dict[str, Any]], str]:
-    """(verdict of each record, held-out samples, cache key)."""
+) -> tuple[bytearray, list[dict[str, Any]], str, tuple[bytes, bytes]]:
+    """(verdict of each record, held-out samples, cache key, content digests of either side)."""
     settings = [_FORMAT, config.encoding.model_dump(mode="json"), config.row_tokens, config.too_long]
     hasher = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     hasher.update(_fingerprint(tokenizer))
     seen: set[bytes] = set()
     held_out_questions: set[bytes] = set()
     verdicts, held_out_samples = bytearray(), []
+    digests = {_Verdict.TRAIN: bytearray(), _Verdict.HELD_OUT: bytearray()}
     for number, record in _all_records(config):
         digest = bytes.fromhex(record.digest)
         question = bytes.fromhex(question_digest(record.sample))
@@ -229,8 +232,11 @@ def _split(
         if verdict == _Verdict.HELD_OUT:
             held_out_samples.append(record.sample)
         verdicts.append(verdict)
+        if verdict in digests:
+            digests[verdict] += digest
         hasher.update(digest + bytes([number % 256, verdict]) + record.sample["id"].encode() + b"\0")
-    return verdicts, held_out_samples, hasher.hexdigest()
+    sides = bytes(digests[_Verdict.TRAIN]), bytes(digests[_Verdict.HELD_OUT])
+    return verdicts, held_out_samples, hasher.hexdigest(), sides
 
 
 def _fingerprint(tokenizer: Tokenizer) -> bytes:

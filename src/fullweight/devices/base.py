@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fullweight.devices.power import PowerMeter, Readings
+
 _TOOL_SECONDS = 20.0
 
 
@@ -116,6 +118,11 @@ class Device(ABC):
     @abstractmethod
     def watts(self) -> float | None:
         """Power now, in W. Of a chip that holds several devices, this one's even share, so that ranks add up."""
+
+    def power_meter(self) -> PowerMeter:
+        """A meter of what `watts` tells, for stretches of time such as a step."""
+        index = torch.accelerator.current_device_index()  # a thread begins on the first device
+        return Readings(self.watts, enter=lambda: torch.accelerator.set_device_index(index))
 
     @abstractmethod
     def chip(self) -> str:

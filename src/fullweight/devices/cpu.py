@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fullweight.core.machine import available_memory_bytes, total_memory_bytes
 from fullweight.devices.base import Device, MemoryUse, Topology
+from fullweight.devices.power import EnergyCounters, PowerMeter
 
 _POWERCAP = Path("/sys/class/powercap")
 _POWER_SECONDS = 0.1
@@ -71,15 +72,14 @@ class Cpu(Device):
 
     def watts(self) -> float | None:
         """All packages of the machine, from two readings of their energy counters a tenth of a second apart."""
-        before, started = energy_joules(), time.perf_counter()
-        if before is None:
+        meter = EnergyCounters(energy_joules, time.perf_counter)
+        if not meter.readable:
             return None
         time.sleep(_POWER_SECONDS)
-        after, seconds = energy_joules(), time.perf_counter() - started
-        if after is None or after.keys() != before.keys():
-            return None
-        spent = {zone: (joules - before[zone][0]) % limit for zone, (joules, limit) in after.items()}
-        return sum(spent.values()) / seconds
+        return meter.watts()
+
+    def power_meter(self) -> PowerMeter:
+        return EnergyCounters(energy_joules)
 
     def chip(self) -> str:
         try:

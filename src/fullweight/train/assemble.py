@@ -23,6 +23,8 @@ from fullweight.data import sources
 from fullweight.data.loader import PackedLoader, prepare
 from fullweight.data.render import EncodingOptions, encode_prompt, render
 from fullweight.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from fullweight.devices import of
+from fullweight.devices.power import PowerMeter
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.optim.groups import build_optimizers
@@ -58,6 +60,7 @@ class Run:
     held_out: list[Batch]
     questions: list[Question]
     peak: Peak
+    power: PowerMeter
     imported: Receipt | None  # of the recipe's checkpoint; None when resumed or fresh
 
     @property
@@ -161,6 +164,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
         held_out=loader.held_out_batches(),
         questions=questions,
         peak=Peak(given, "given in the recipe") if given is not None else measure_peak(ranks),
+        power=of(ranks.device).power_meter(),
         imported=imported,
     )
 

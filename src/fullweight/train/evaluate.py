@@ -6,6 +6,8 @@ a question without one is shown, never scored. Decoding is greedy, so the score 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ from torch import nn
 from fullweight.core import phase
 from fullweight.core.config import Config
 from fullweight.core.types import Batch
+from fullweight.data.loader import PackedLoader
 from fullweight.methods import Method
 from fullweight.parallel.engine import Engine
 from fullweight.parallel.mesh import Ranks
@@ -95,6 +98,18 @@ def held_out_loss(
     shares = engine.evaluate([batch.to(ranks.device) for batch in batches])
     means = global_means(shares.losses, counts, ranks)
     return means, sum(losses.coefficient(n) * v for n, v in means.items())
+
+
+def asked(loader: PackedLoader, questions: Sequence[Question]) -> dict[str, Any]:
+    """For the ledger: which samples an evaluation is of, by the digest of their ids in order, and how many."""
+    held_out = loader.prepared.held_out.ids
+    ids = sorted({*held_out, *(str(question.sample.get("id", "")) for question in questions)})
+    text = json.dumps(ids, separators=(",", ":"))
+    return {
+        "samples": hashlib.sha256(text.encode()).hexdigest(),
+        "num_samples": len(held_out),
+        "num_questions": len(questions),
+    }
 
 
 def answer_questions(

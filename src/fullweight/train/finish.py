@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,26 +10,42 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from fullweight.checkpoint.receipt import RECEIPT
 from fullweight.report.build import build_report
 from fullweight.train.assemble import Run
 from fullweight.train.evaluate import Answer
 from fullweight.train.export import export
 from fullweight.train.progress import Reporter
+from fullweight.train.records import Records
 from fullweight.train.run_folder import RunFolder
 
 _SHOWN_CHARACTERS = 160
 
 
-def finish(run: Run, reporter: Reporter) -> None:
-    """Export, draw, print; all ranks together."""
+def finish(run: Run, records: Records) -> None:
+    """Export, record, draw, print; all ranks together."""
     export(run)
+    reporter = records.reporter
     with run.ranks.main_first_failure():
         if run.ranks.is_main:
+            _record_end(run, records)
             build_report(run.folder.root)
             _show_before_after(run.folder, run.config.eval.show, reporter)
             if run.config.export.enabled:
                 reporter.say(f"weights: {run.folder.export}")
             reporter.say(f"summary: {run.folder.summary}")
+
+
+def _record_end(run: Run, records: Records) -> None:
+    """What was exported, by the digest of the receipt that lists every tensor's, and that this is the end."""
+    step = run.state.step
+    if run.config.export.enabled:
+        receipt = (run.folder.export / RECEIPT).read_bytes()
+        totals = json.loads(receipt)["totals"]["written"]
+        found = {"receipt_sha256": hashlib.sha256(receipt).hexdigest(), **totals}
+        records.write("event", step, {"what": "export", "format": run.config.export.format, **found})
+    records.write("event", step, {"what": "finish", "steps": step, "tokens": run.state.tokens})
+    records.sync()
 
 
 def show_answers(count: int, answers: Sequence[Answer], reporter: Reporter) -> None:

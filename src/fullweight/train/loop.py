@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,14 @@ from fullweight.checkpoint.generations import Choice, OnCorrupt, listed
 from fullweight.core import phase
 from fullweight.core.collector import older_objects_left_alone
 from fullweight.core.crash import crash_point
-from fullweight.core.durable import sync, sync_tree
 from fullweight.core.errors import ConfigError
 from fullweight.core.strict_json import parse_json
+from fullweight.core.types import Batch
+from fullweight.data.identify import Identifying
 from fullweight.data.synth import check
 from fullweight.data.tokenised import told_counts
 from fullweight.devices import absent, find, of
+from fullweight.evidence import manifest as manifests
 from fullweight.evidence.ledger import FORMAT, Ledger
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.ops import implementations
@@ -38,21 +40,22 @@ from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble, check_disk
 from fullweight.train.changing import changed, check_length
 from fullweight.train.config import RunConfig
-from fullweight.train.evaluate import Answer, Evaluation, answer_questions, held_out_loss, score
+from fullweight.train.evaluate import Answer, Evaluation, answer_questions, asked, held_out_loss, score
 from fullweight.train.export import kept_form
 from fullweight.train.finish import finish, show_answers
 from fullweight.train.guards import StopRequest
 from fullweight.train.metrics import step_record
+from fullweight.train.opening import changes_since, write_head
 from fullweight.train.progress import Reporter
 from fullweight.train.ready import prepare, require_ready
 from fullweight.train.records import Records
-from fullweight.train.restarting import Beginning, begin, restarted, this_launch
+from fullweight.train.restarting import Beginning, begin, restarted
 from fullweight.train.resuming import choose, described, settle, told
-from fullweight.train.run_folder import RunFolder, environment, write_json
+from fullweight.train.run_folder import RunFolder, write_json
 from fullweight.train.saving import Saving, owned
-from fullweight.train.step import Phases, training_step
+from fullweight.train.step import Phases, StepResult, training_step
 from fullweight.train.trackers import Trackers
-from fullweight.train.weights import keep_origin, readable
+from fullweight.train.weights import readable
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Outcome:
     folder: RunFolder
     step: int
     finished: bool
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken: numbers, the rows it was fed, learning rate, and this rank's seconds by phase."""
+
+    result: StepResult
+    batches: list[Batch]
+    learning_rate: float
+    seconds: dict[str, float]
 
 
 def train(config: RunConfig, console: Console | None = None) -> Outcome:
@@ -77,11 +90,13 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
         folder, how = ranks.broadcast(beginning)
         if how is Beginning.resumed:  # nobody is there to be asked
             return _resume(config, folder, ranks, console, OnCorrupt.previous)
-        run = assemble(config, folder, ranks)
-        with ranks.main_first_failure():
-            if ranks.is_main:
-                check_disk(run)
-                _write_head(run, again=how is Beginning.again)
+        with Identifying(config.data) if ranks.is_main else nullcontext() as identifying:
+            run = assemble(config, folder, ranks)
+            chips = ranks.gather(of(ranks.device).chip())
+            with ranks.main_first_failure():
+                if identifying is not None:
+                    check_disk(run)
+                    write_head(run, identifying.result(), chips, again=how is Beginning.again)
         with owned(folder, ranks):
             return _drive(run, console, _start)
 
@@ -169,17 +184,6 @@ def _facts(config: RunConfig) -> dict[str, str]:
     return flat(config.model_dump(mode="json", exclude={"output"}), "config.")
 
 
-def _write_head(run: Run, again: bool) -> None:
-    run.folder.create(this_launch(), again)
-    run.tokenizer.save(run.folder.tokenizer)
-    keep_origin(run.imported, run.folder)
-    write_json(run.folder.model, run.architecture.to_published())
-    write_json(run.folder.environment, environment(run.ranks.size, run.ranks.device))
-    sync_tree(run.folder.root)
-    write_json(run.folder.config, run.config.model_dump(mode="json"))  # last: it makes this a run's folder
-    sync(run.folder.root.absolute().parent)
-
-
 def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], None]) -> Outcome:
     main = run.ranks.is_main
     reporter = Reporter(console if main else None)
@@ -199,15 +203,16 @@ def _drive(run: Run, console: Console | None, opening: Callable[[Run, Records], 
                 raise
         if finished:
             phase.enter("export")
-            finish(run, records.reporter)
+            finish(run, records)
     finally:
         records.close()
+        run.power.close()
         run.state.loader.close()
     return Outcome(run.folder, run.state.step, finished)
 
 
 def _start(run: Run, records: Records) -> None:
-    records.begin("start", 0, {"format": FORMAT, **_described(run), **_launched(run)})
+    records.begin("start", 0, {"format": FORMAT, **_bound(run), **_described(run), **_launched(run)})
     records.reporter.say(
         f"{run.config.name}: {run.parameters}, {run.ranks.size} rank(s), "
         f"{run.config.train.precision}, into {run.folder.root}"
@@ -231,6 +236,20 @@ def _described(run: Run) -> dict[str, Any]:
     }
 
 
+def _bound(run: Run) -> dict[str, Any]:
+    """What ties a ledger to its manifest."""
+    if not run.ranks.is_main:
+        return {}
+    manifest = manifests.read(run.folder.manifest)
+    named = {"run": manifest.run, "manifest_sha256": manifests.sha256(run.folder.manifest)}
+    return named | changes_since(manifest, run)  # of a start over
+
+
+def _changed(run: Run) -> dict[str, Any]:
+    """What a resume stands on that the manifest does not say."""
+    return changes_since(manifests.read(run.folder.manifest), run) if run.ranks.is_main else {}
+
+
 def _device_told(run: Run) -> str:
     """Which device and operations were taken and, when that was left to the system, why not another device."""
     kind = of(run.ranks.device)
@@ -243,7 +262,7 @@ def _device_told(run: Run) -> str:
 def _continue(run: Run, records: Records, choice: Choice, superseded: int) -> None:
     step, say = run.state.step, records.reporter.say
     origin = described(run.config, choice, superseded)
-    records.begin("resume", step, {**origin, **_described(run), **_launched(run)})
+    records.begin("resume", step, {**origin, **_changed(run), **_described(run), **_launched(run)})
     say(f"resumed {run.folder.root} after step {step} of {run.config.train.num_steps}, {run.parameters}")
     say(_device_told(run))
     for line in told(origin):
@@ -310,13 +329,15 @@ def _note_unreached(record: dict[str, Any], reporter: Reporter) -> None:
 def one_step(run: Run) -> dict[str, Any]:
     """Take the next step; what the ledger keeps of it. Nothing is written, and no policy is enforced."""
     with of(run.ranks.device).range(f"step {run.state.step + 1}"):
-        return _timed_step(run)
+        return recorded(run, take_step(run))
 
 
-def _timed_step(run: Run) -> dict[str, Any]:
+def take_step(run: Run) -> Taken:
+    """Take the next step and record nothing of it."""
     config, state = run.config, run.state
     crash_point("train.step")
     phase.begin_step(state.step + 1)
+    run.power.begin()
     phases = Phases(run.ranks.device)
     batches = [next(state.loader).to(run.ranks.device) for _ in range(run.rows_per_rank)]
     rate = config.optimizer.learning_rate * lr_factor(config.schedule, state.step, config.train.num_steps)
@@ -335,15 +356,23 @@ def _timed_step(run: Run) -> dict[str, Any]:
     )
     state.step += 1
     state.tokens += result.num_tokens
+    return Taken(result, batches, rate, phases.seconds)
+
+
+def recorded(run: Run, taken: Taken) -> dict[str, Any]:
+    """What the ledger keeps of a step; all ranks together."""
     record = step_record(
-        result,
+        taken.result,
+        batches=taken.batches,
+        position=run.state.loader.state_dict(),
+        power=run.power,
         model=run.model,
-        learning_rate=rate,
-        seconds=phases.seconds,
+        learning_rate=taken.learning_rate,
+        seconds=taken.seconds,
         peak=run.peak,
         ranks=run.ranks,
     )
-    record["tokens"]["so_far"] = state.tokens
+    record["tokens"]["so_far"] = run.state.tokens
     return record
 
 
@@ -351,7 +380,7 @@ def _evaluate_and_record(run: Run, records: Records) -> None:
     phase.enter("evaluation")
     evaluation = evaluate(run)
     step = run.state.step
-    records.write("eval", step, evaluation.as_dict())
+    records.write("eval", step, {**evaluation.as_dict(), **asked(run.state.loader, run.questions)})
     records.keep(run.folder.samples / f"step-{step}.json", [a.as_dict() for a in evaluation.answers])
     if evaluation.losses:
         parts = [f"{name} {value:.4f}" for name, value in evaluation.losses.items()]

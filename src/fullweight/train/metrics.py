@@ -8,18 +8,23 @@ The record carries the convention and the peak, because a bare percentage means 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from fullweight.core.types import Batch
 from fullweight.devices import of, separate
+from fullweight.devices.power import PowerMeter
 from fullweight.models.deepseek_v4.flops import choice_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 from fullweight.parallel.mesh import Ranks
+from fullweight.train import fed
 from fullweight.train.peak import matmul_rates
 from fullweight.train.step import StepResult
 from fullweight.train.trainable import ParameterCount
@@ -84,6 +89,11 @@ def model_flops(model: DeepSeekV4, document_lengths: Sequence[int]) -> int:
     return sum(flops if name.startswith("indexer") else flops // 3 for name, flops in parts.items())
 
 
+def convention(parameters: ParameterCount) -> str:
+    """What the FLOPs of `model_flops` count."""
+    return FLOPS_CONVENTION if parameters.all_trained else FROZEN_FLOPS_CONVENTION
+
+
 def memory(device: torch.device) -> dict[str, int]:
     """Bytes in use by this process and, on an accelerator, the peak allocated there."""
     used = {"resident_bytes": psutil.Process().memory_info().rss}
@@ -92,9 +102,30 @@ def memory(device: torch.device) -> dict[str, int]:
     return used
 
 
+def hexed(losses: dict[str, float], total: float) -> dict[str, str]:
+    """Each loss component and the total as fp32, big-endian in hex: what decimal digits may hide.
+
+    >>> hexed({"lm": 3.1415927}, 1.0)
+    {'lm': '40490fdb', 'total': '3f800000'}
+    """
+    with np.errstate(over="ignore"):  # of a diverged run: infinite in fp32
+        return {name: np.array(v, ">f4").tobytes().hex() for name, v in {**losses, "total": total}.items()}
+
+
+def _power(device: torch.device, meter: PowerMeter) -> Tensor:
+    """[watts, whether they are unknown], so that ranks add up: ranks of a machine share the host's counters."""
+    if not separate(device) and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return torch.zeros(2, dtype=torch.float64)
+    watts = meter.watts()
+    return torch.tensor([0.0, 1.0] if watts is None else [watts, 0.0], dtype=torch.float64)
+
+
 def step_record(
     result: StepResult,
     *,
+    batches: Sequence[Batch],
+    position: dict[str, Any],
+    power: PowerMeter,
     model: DeepSeekV4,
     learning_rate: float,
     seconds: dict[str, float],
@@ -103,26 +134,31 @@ def step_record(
 ) -> dict[str, Any]:
     """The ledger's values for one step; all ranks call it together.
 
-    `model` says what the FLOPs are, `seconds` is this rank's time by phase, whose sum is the step's wall
-    time (rank 0's stands for all: ranks wait for each other every step).
+    `batches` are this rank's rows and `position` is the loader's after them; `model` says what the FLOPs are,
+    `seconds` is this rank's time by phase, whose sum is the step's wall time (rank 0's stands for all: ranks wait
+    for each other every step).
     """
     wall = sum(seconds.values())
     parameters = ParameterCount.of(model)
     own = model_flops(model, result.document_lengths) if ranks.counts_row else 0
-    flops = float(ranks.reduce(torch.tensor(float(own), dtype=torch.float64)).item())
+    own_flops = torch.tensor([float(own)], dtype=torch.float64)
+    added = ranks.reduce(torch.cat((own_flops, _power(ranks.device, power), fed.shares(batches, ranks))))
+    flops, watts, unknown = added[:3].tolist()
     # forward alone where parameters are frozen, as in `model_flops`
     flops -= result.num_dropped * choice_flops(model.config) * (3 if parameters.all_trained else 1)
     rate = flops / wall
     return {
         "loss": result.losses,
         "total_loss": result.total_loss,
+        "loss_hex": hexed(result.losses, result.total_loss),
+        "batch": {**asdict(fed.combined(added[3:])), "epoch": position["epoch"], "row": position["row"]},
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         "tokens": {"real": result.num_tokens, "padding": result.num_padding, "trained": result.num_trained},
         "tokens_per_second": result.num_tokens / wall,
         "model_flops_per_second": rate,
         "mfu": rate / peak.flops_per_second,
-        "mfu_convention": FLOPS_CONVENTION if parameters.all_trained else FROZEN_FLOPS_CONVENTION,
+        "mfu_convention": convention(parameters),
         "peak": asdict(peak),
         "experts": {**asdict(expert_load(result.expert_counts)), "dropped": result.num_dropped},
         "parameters": asdict(parameters),
@@ -131,6 +167,7 @@ def step_record(
         "without_gradient": list(result.without_gradient),
         "unseen_embeddings": result.num_unseen_embeddings,
         "memory": memory(ranks.device),
+        "power": {"watts": None, "source": "unknown"} if unknown else {"watts": watts, "source": power.source},
         "seconds": {**seconds, "total": wall},
         "skipped": result.refusal,
     }

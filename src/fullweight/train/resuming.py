@@ -13,7 +13,7 @@ from fullweight.checkpoint import generations
 from fullweight.checkpoint.compare import changes
 from fullweight.checkpoint.generations import Choice, OnCorrupt
 from fullweight.checkpoint.manifest import Manifest
-from fullweight.evidence import ledger
+from fullweight.evidence import ledger, manifest
 from fullweight.train.config import RunConfig
 from fullweight.train.run_folder import RunFolder
 
@@ -40,9 +40,10 @@ def settle(folder: RunFolder, choice: Choice) -> int:
     """Put the run folder in order for going on from the choice; rank 0 alone.
 
     Returns the number of recorded steps that are superseded. Raises CheckpointError, before anything is changed,
-    when the ledger is damaged.
+    when the ledger is damaged or the run's manifest is not the one it began with.
     """
     ledger.mend(folder.ledger)
+    manifest.require_bound(folder.manifest, folder.ledger)
     generations.remove_unfinished(folder.checkpoints)
     generations.set_aside(folder.checkpoints, choice)
     return ledger.superseded_steps(folder.ledger, choice.generation.step)

@@ -8,6 +8,7 @@
     import.json         receipt of the weights it began   source/        how those were published: headers, scales
                         with, when from a checkpoint
     launch.json         which launch made the folder      stalls/        stacks of ranks that stood still
+    manifest.json       what the run began with
 
 A run starts only in a new or empty folder, so two runs never mix.
 """
@@ -18,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -35,6 +35,7 @@ from fullweight.devices import DEVICES, absent, find, of
 from fullweight.doctor.applied import current
 from fullweight.doctor.environment import recorded
 from fullweight.evidence import ledger
+from fullweight.train import code
 
 _PACKAGES = (
     *("fullweight", "torch", "numpy", "pydantic", "tokenizers", "datasets", "pyarrow", "safetensors"),
@@ -63,6 +64,10 @@ class RunFolder:
     @property
     def ledger(self) -> Path:
         return self.root / "ledger.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -102,7 +107,7 @@ class RunFolder:
 
     def check_free(self, again: bool = False) -> None:
         """Raise ConfigError when the folder holds something already; with `again`, beside what `clear` leaves."""
-        kept = [self.stalls, *((self.launch, self.ledger) if again else ())]
+        kept = [self.stalls, *((self.launch, self.ledger, self.manifest) if again else ())]
         if not again and self.launch.is_file() and not self.config.is_file():
             raise ConfigError(
                 f"{self.root} is not empty: a run is being begun there, or was killed before it had begun; delete "
@@ -122,9 +127,15 @@ class RunFolder:
         self.samples.mkdir()
 
     def clear(self) -> None:
-        """Remove what a run without a checkpoint left, but for who made it, stacks, and its ledger's lines."""
-        if self.ledger.is_file():  # earlier attempts stay in the chain
+        """Remove what a run without a checkpoint left, but for who made it, stacks, its ledger and manifest.
+
+        Earlier attempts stay in the ledger's chain; without a line of it no manifest is bound, and both go.
+        """
+        if self.ledger.is_file():
             ledger.mend(self.ledger)
+        if not self.ledger.is_file() or not self.ledger.stat().st_size:
+            for path in (self.ledger, self.manifest):
+                path.unlink(missing_ok=True)
         for path in (self.config, self.model, self.environment, self.imported, self.summary):
             path.unlink(missing_ok=True)
             durable.temporary(path).unlink(missing_ok=True)
@@ -159,7 +170,7 @@ def environment(world_size: int, device: torch.device) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        **_commit(),
+        **code.commit(),
         "machine": {
             "system": platform.platform(),
             "processor": find("cpu").chip(),
@@ -186,19 +197,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> dict[str, Any]:
-    """Commit of the code's own source tree, and whether files differ from it."""
-    here = Path(__file__).parents[1]
-    try:
-        commit = _git(here, "rev-parse", "HEAD")
-        changed = _git(here, "status", "--porcelain", "--untracked-files=no", ".")
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "uncommitted_changes": None}
-    return {"commit": commit, "uncommitted_changes": bool(changed)}
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,11 +1,17 @@
 """What the ledger's figures mean."""
 
+import hashlib
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from fullweight.bench.measure import measure_matmul
+from fullweight.core.types import Batch, PackedLayout
+from fullweight.data.loader import batch_digest
+from fullweight.devices.power import EnergyCounters
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import forward_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4
@@ -44,9 +50,21 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
         without_gradient=(),
         refusal=None,
     )
+    joules, clock = iter([1.0, 70.0, 50.0]), iter([0.0, 1.0, 3.0])
     seconds = {"data": 0.5, "forward": 0.5, "backward": 0.75, "optimizer": 0.25}
+    row = Batch(torch.arange(4), torch.ones(4), PackedLayout.build([2, 2], (), 4), ("a", "b"))
+    power = EnergyCounters(lambda: {"0": (next(joules), 100.0)}, lambda: next(clock))
+    power.begin()
     record = step_record(
-        result, model=DeepSeekV4(config), learning_rate=1e-3, seconds=seconds, peak=Peak(1e9, "given"), ranks=ALONE
+        result,
+        batches=[replace(row, digest=batch_digest(row))] * 2,
+        position={"epoch": 1, "row": 6},
+        power=power,
+        model=DeepSeekV4(config),
+        learning_rate=1e-3,
+        seconds=seconds,
+        peak=Peak(1e9, "given"),
+        ranks=ALONE,
     )
     dropped = 5 * 3 * 2 * (3 * config.hidden_size * config.moe_intermediate_size)
     flops = training_flops(config, lengths, mtp=True).total - dropped
@@ -60,6 +78,12 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
     assert record["operations"] in ("cpu", "reference")
     assert record["peak"] == {"flops_per_second": 1e9, "source": "given"}
     assert "no padding" in record["mfu_convention"]
+    assert record["power"] == {"watts": 40.0, "source": power.source}, "the counter began anew at 100 J"
+    content = np.arange(4, dtype="<i8").tobytes() + np.ones(4, dtype="<f4").tobytes() + b"[2,2]"
+    both = hashlib.sha256(content).digest() * 2
+    expected = {"digest": hashlib.sha256(both).hexdigest(), "rows": 2, "samples": 4, "epoch": 1, "row": 6}
+    assert record["batch"] == expected
+    assert record["loss_hex"] == {"lm": "40000000", "total": "40000000"}
 
 
 def test_frozen_parameters_have_no_backward_flops() -> None:
