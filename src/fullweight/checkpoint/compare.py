@@ -45,10 +45,10 @@ class Comparison:
         return not self.tensors and not any(name.startswith(("step", "position", "model")) for name in self.facts)
 
 
-def compare(a: Generation, b: Generation) -> Comparison:
-    """Compare two verified generations in one process, without building a model."""
+def compare(a: Generation, b: Generation, prefix: str = "") -> Comparison:
+    """Compare two verified generations, or their tensors under `prefix`, without building a model."""
     held = store.contents(a), store.contents(b)
-    names = sorted(held[0].keys() | held[1].keys())
+    names = sorted(name for name in held[0].keys() | held[1].keys() if name.startswith(prefix))
     differences, comparable = [], []
     for name in names:
         note = _not_comparable(held[0].get(name), held[1].get(name))

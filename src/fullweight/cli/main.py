@@ -18,11 +18,13 @@ from fullweight.cli.bench_evidence import bench_evidence_command
 from fullweight.cli.bench_planner import bench_planner_command
 from fullweight.cli.chat import chat_command
 from fullweight.cli.checkpoint import checkpoint_app
+from fullweight.cli.compare import compare_command
 from fullweight.cli.convert import convert_app
 from fullweight.cli.data import data_app
 from fullweight.cli.doctor import doctor_command
 from fullweight.cli.generate import generate_command
 from fullweight.cli.init import init_command
+from fullweight.cli.parity import parity_command
 from fullweight.cli.plan import plan_command
 from fullweight.cli.rehearse import rehearse_command
 from fullweight.cli.resume import resume_command
@@ -40,6 +42,8 @@ app.command("resume")(resume_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)
+app.command("compare")(compare_command)
+app.command("parity")(parity_command)
 app.command("plan")(plan_command)
 app.command("rehearse")(rehearse_command)
 app.command("doctor")(doctor_command)

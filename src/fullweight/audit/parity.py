@@ -1,0 +1,284 @@
+"""Our model beside transformers' on one checkpoint: module by module, forward and backward, in fp32.
+
+transformers reads the folder itself, so that the reading of the file is compared too, and runs each document in a
+call of its own, eagerly and without a cache; ours runs all of them in one pack. The output of every module and the
+loss's gradient with respect to it are compared in the order of the forward pass, gradients of parameters by name.
+The first module beyond the bound is where to look: whatever comes behind it reads its error.
+
+A choice of experts or entries that is nearly tied may go the other way by rounding alone, and then everything
+behind it differs; draw other documents (`seed`) to tell. transformers has no MTP block and does not train the
+indexer, so neither is compared here. Both models, their gradients and activations are in memory at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fullweight.checkpoint.hf import load_model
+from fullweight.core.errors import CheckpointError, ConfigError
+from fullweight.core.machine import require_memory
+from fullweight.core.strict_json import parse_json
+from fullweight.core.types import Batch, PackedLayout
+from fullweight.models.deepseek_v4.block import Sublayers
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+
+FORWARD_BOUND = 1e-4
+"""Largest difference of a module's outputs over their largest value. fp32 rounding of a whole model of the parity
+table (docs/parity.md) stays below 5e-5 at the logits; deeper models add up more."""
+
+BACKWARD_BOUND = 5e-4
+"""Norm of the difference of two gradients over the norm of transformers'."""
+
+_NEGLIGIBLE = 1e-6  # share of the whole gradient below which a gradient is rounding, and held to that absolutely
+_BYTES_PER_PARAMETER = 16  # two models in fp32 and their gradients
+
+_RENAMES = [
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^norm\.", "model.norm."),
+    (r"^hc_head_", "model.hc_head.hc_"),
+    (r"^layers\.", "model.layers."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.hc_(attn|ffn)_", r".\1_hc."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.attn_sink$", ".sinks"),
+    (r"\.indexer\.compressor\.", ".compressor.indexer."),
+    (r"\.self_attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
+    (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+    (r"(compressor(?:\.indexer)?)\.norm\.", r"\1.kv_norm."),
+    (r"\.ape$", ".position_bias"),
+    (r"\.q_norm\.", ".q_a_norm."),
+    (r"\.wq_a\.", ".q_a_proj."),
+    (r"\.wq_b\.", ".q_b_proj."),
+    (r"\.wkv\.", ".kv_proj."),
+    (r"\.wgate\.", ".gate_proj."),
+    (r"\.wo_a\.", ".o_a_proj."),
+    (r"\.wo_b\.", ".o_b_proj."),
+    (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
+    (r"\.experts\.gate_up$", ".experts.gate_up_proj"),
+    (r"\.experts\.down$", ".experts.down_proj"),
+]
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """A module's outputs, forward and as the loss's gradient with respect to them; infinite where not a number."""
+
+    name: str
+    forward: float
+    backward: float | None  # None for the logits, which ours never holds in training
+
+
+@dataclass(frozen=True)
+class ParameterError:
+    """The gradient of a parameter, under transformers' name."""
+
+    name: str
+    gradient: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Errors in the order of the forward pass, and which of them are beyond their bound."""
+
+    num_tokens: int
+    modules: list[ModuleError]
+    parameters: list[ParameterError]
+    loss: tuple[float, float]  # ours and transformers', summed over the predicted tokens
+
+    @property
+    def first_forward(self) -> str | None:
+        """The first module whose outputs differ."""
+        return next((m.name for m in self.modules if m.forward > FORWARD_BOUND), None)
+
+    @property
+    def first_backward(self) -> str | None:
+        """The first module, from the loss back, whose gradient differs."""
+        return next(
+            (m.name for m in reversed(self.modules) if m.backward is not None and m.backward > BACKWARD_BOUND),
+            None,
+        )
+
+    @property
+    def bad_parameters(self) -> list[ParameterError]:
+        return [p for p in self.parameters if p.gradient > BACKWARD_BOUND]
+
+    @property
+    def holds(self) -> bool:
+        return self.first_forward is None and self.first_backward is None and not self.bad_parameters
+
+
+@dataclass
+class _Seen:
+    """Outputs of modules by name, a call of the module after the other; their gradients once there are any."""
+
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def keep(self, name: str, output: Tensor) -> None:
+        output.retain_grad()
+        self.outputs.setdefault(name, []).append(output)
+
+    def values(self, name: str) -> Tensor:
+        return torch.cat([_rows(x.detach()) for x in self.outputs[name]])
+
+    def gradients(self, name: str) -> Tensor:
+        return torch.cat([_rows(torch.zeros_like(x) if x.grad is None else x.grad) for x in self.outputs[name]])
+
+
+def check_parity(folder: Path, lengths: Sequence[int], seed: int = 0, ops: str = "auto") -> Parity:
+    """Compare on documents of random tokens of the given lengths.
+
+    Raises CheckpointError on a folder that transformers cannot read (FP4 and FP8), ConfigError without transformers
+    or when memory does not suffice.
+    """
+    if not lengths or min(lengths) < 1 or max(lengths) < 2:
+        raise ConfigError(f"documents of {list(lengths)} tokens predict nothing; give lengths, one >= 2")
+    config = DeepSeekV4Config.from_file(folder)
+    if max(lengths) > config.max_position_embeddings:
+        raise ConfigError(
+            f"a document of {max(lengths)} tokens is longer than the model's max_position_embeddings "
+            f"({config.max_position_embeddings}); give shorter ones"
+        )
+    needed = _BYTES_PER_PARAMETER * config.num_parameters(mtp=True)
+    require_memory(needed, f"{folder}: two models in float32 with gradients", "use a larger machine")
+    generator = torch.Generator().manual_seed(seed)
+    documents = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    theirs, their_loss, their_gradients = _transformers(folder, documents)
+    ours, our_loss, our_gradients = _ours(load_model(folder, ops=ops), documents)
+    return Parity(
+        num_tokens=sum(lengths),
+        modules=[_module_error(name, ours, theirs) for name in theirs.outputs],
+        parameters=_parameter_errors(our_gradients, their_gradients),
+        loss=(our_loss, their_loss),
+    )
+
+
+def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors named as in our model under transformers' names; the MTP block is dropped."""
+    renamed = {}
+    for ours, tensor in tensors.items():
+        if ours.startswith("mtp."):
+            continue
+        prefix, _, kind = ours.rpartition(".shared_experts.")
+        if prefix:
+            stem = f"model.{prefix.replace('.ffn', '.mlp')}.shared_experts."
+            if kind == "down":
+                renamed[stem + "down_proj.weight"] = tensor
+            else:
+                half = tensor.shape[0] // 2
+                renamed[stem + "gate_proj.weight"] = tensor[:half]
+                renamed[stem + "up_proj.weight"] = tensor[half:]
+            continue
+        name = ours
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _transformers(folder: Path, documents: list[list[int]]) -> tuple[_Seen, float, dict[str, Tensor | None]]:
+    try:
+        from transformers import DeepseekV4ForCausalLM  # noqa: PLC0415
+    except ImportError:
+        raise ConfigError(
+            "parity compares with transformers, which is not installed (or has no DeepSeek-V4); install it with "
+            "`pip install transformers==5.23.0`"
+        ) from None
+    published = parse_json((folder / "config.json").read_bytes())
+    if published.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder} is quantised, and transformers reads BF16 and FP32 on any machine; bring it into BF16 with "
+            "`fullweight convert import` and `fullweight convert export`, and compare that"
+        )
+    model = DeepseekV4ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    modules: dict[str, nn.Module] = {}
+    for i, layer in enumerate(model.model.layers):
+        modules |= {f"layers.{i}.attn": layer.self_attn, f"layers.{i}.ffn": layer.mlp, f"layers.{i}": layer}
+    losses = []
+    with _watching({**modules, "norm": model.model.norm}) as seen:
+        for document in documents:
+            tokens = torch.tensor([document])
+            logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+            seen.keep("head", logits)
+            losses.append(F.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum"))
+        total = torch.stack(losses).sum()
+        total.backward()
+    return seen, float(total.detach()), {n: p.grad for n, p in model.named_parameters()}
+
+
+def _ours(model: DeepSeekV4, documents: list[list[int]]) -> tuple[_Seen, float, dict[str, Tensor]]:
+    modules: dict[str, nn.Module] = {}
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer, Sublayers)
+        modules |= {f"layers.{i}.attn": layer.attn, f"layers.{i}.ffn": layer.ffn, f"layers.{i}": layer}
+    tokens = torch.tensor([t for document in documents for t in document])
+    layout = PackedLayout.build([len(d) for d in documents], model.config.ratios)
+    with _watching({**modules, "norm": model.norm}) as seen:
+        loss = model(Batch(tokens, torch.ones(len(tokens)), layout), with_losses=False).losses["lm"]
+        loss.backward()
+    seen.outputs["head"] = model.logits(documents)  # a row's logits are never held in training
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return seen, float(loss.detach()), gradients
+
+
+@contextmanager
+def _watching(modules: dict[str, nn.Module]) -> Iterator[_Seen]:
+    """Keep what the modules return, in the order of the dict."""
+    seen = _Seen({name: [] for name in modules})
+
+    def keeper(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            found = output[0] if isinstance(output, tuple) else output
+            assert isinstance(found, Tensor)
+            seen.keep(name, found)
+
+        return hook
+
+    handles = [module.register_forward_hook(keeper(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _module_error(name: str, ours: _Seen, theirs: _Seen) -> ModuleError:
+    a, b = ours.values(name), theirs.values(name)
+    forward = _number(float((a - b).abs().max() / b.abs().max()))
+    if name == "head":
+        return ModuleError(name, forward, None)
+    a, b = ours.gradients(name), theirs.gradients(name)
+    return ModuleError(name, forward, _number(float((a - b).norm() / b.norm())))
+
+
+def _parameter_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor | None]) -> list[ParameterError]:
+    renamed = transformers_names(ours)
+    trained = {name: gradient for name, gradient in theirs.items() if gradient is not None}
+    floor = _NEGLIGIBLE * float(torch.stack([g.norm() for g in trained.values()]).norm())
+    return [
+        ParameterError(name, _number(float((renamed[name] - g).norm() / g.norm().clamp(min=floor))))
+        for name, g in trained.items()
+    ]
+
+
+def _rows(output: Tensor) -> Tensor:
+    """[1, S, ...] of transformers and [T, ...] of ours as [T, values]."""
+    return output.reshape(-1, output.shape[-1])
+
+
+def _number(error: float) -> float:
+    return float("inf") if math.isnan(error) else error  # NaN on one side agrees with nothing

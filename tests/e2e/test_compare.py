@@ -1,0 +1,59 @@
+"""`fullweight compare` on runs that were really trained: twins, and runs that part at a known place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.processes import fullweight
+
+from fullweight.evidence.parting import parting
+
+_SHORT = ("--set", "train.num_steps=4", "--set", "checkpoint.every=2", "--set", "checkpoint.keep=9")
+
+
+def _train(folder: Path, *more: str) -> Path:
+    overrides = [part for text in more for part in ("--set", text)]
+    done = fullweight("train", "recipes/tiny_smoke.toml", "--output", folder, *_SHORT, *overrides)
+    assert done.ok, done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _train(tmp_path_factory.mktemp("runs") / "first")
+
+
+def test_twins_are_identical_in_losses_and_weights(first: Path, tmp_path: Path) -> None:
+    done = fullweight("compare", first, _train(tmp_path / "twin"))
+    assert done.ok, done.output
+    assert "identical: lm" in done.output
+    assert "weights equal bit for bit at step 2, 4" in done.output
+
+
+def test_another_rate_is_seen_at_the_step_after_it_was_used(first: Path, tmp_path: Path) -> None:
+    other = _train(tmp_path / "other", "optimizer.learning_rate=0.03")
+    done = fullweight("compare", first, other, "--json", tmp_path / "found.json")
+    assert done.statuses == (1,), done.output
+    pair = json.loads((tmp_path / "found.json").read_text())["pairs"][0]
+    by_name = {d["metric"]: d for d in pair["differences"]}
+    assert by_name["learning_rate"]["first_unequal"] == 1
+    assert by_name["lm"]["first_unequal"] == 2  # the first loss is of weights that no step has touched
+    assert pair["weights"]["step"] == 2
+    assert pair["weights"]["tensors"][0]["name"] == "model.embed.weight"
+
+
+def test_a_frozen_layer_is_the_one_that_stays_equal(first: Path, tmp_path: Path) -> None:
+    other = _train(tmp_path / "frozen", "train.frozen=['embed.weight', 'layers.0.*']")
+    found = parting(first / "checkpoints", other / "checkpoints")
+    assert found.step == 2
+    names = [d.name for d in found.tensors]
+    assert not names[0].startswith("model.embed")
+    places = [name for name in names if name.startswith("model.layers.")]
+    assert names.index("model.head.weight") > names.index(places[-1])
+
+
+def test_runs_without_a_common_checkpoint(first: Path, tmp_path: Path) -> None:
+    other = _train(tmp_path / "other", "checkpoint.every=3", "train.num_steps=3")
+    assert "no checkpoint of the same step" in str(parting(first / "checkpoints", other / "checkpoints"))

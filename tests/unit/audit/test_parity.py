@@ -1,0 +1,112 @@
+"""`fullweight parity` holds on a right model and names the module that is wrong, forward and backward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.unit.models.cases import randomise
+from torch import Tensor
+
+from fullweight.audit import parity
+from fullweight.audit.parity import check_parity
+from fullweight.checkpoint.hf import export_checkpoint, load_model
+from fullweight.cli.main import main
+from fullweight.core.errors import CheckpointError, ConfigError
+from fullweight.models.deepseek_v4.block import Sublayers
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+
+LENGTHS = (1, 5, 40, 130)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random weights that leave no part idle."""
+    model = DeepSeekV4(DeepSeekV4Config.preset("tiny"), ops="reference")
+    randomise(model, 3)
+    path = tmp_path_factory.mktemp("parity") / "model"
+    export_checkpoint(model, path, "float32")
+    return path
+
+
+def test_a_right_model_agrees_module_by_module(folder: Path, tmp_path: Path) -> None:
+    assert main(["parity", str(folder), "--documents", "1,5,40,130", "--json", str(tmp_path / "p.json")]) == 0
+    found = json.loads((tmp_path / "p.json").read_text())
+    names = [m["name"] for m in found["modules"]]
+    assert names[:3] == ["layers.0.attn", "layers.0.ffn", "layers.0"]
+    assert names[-2:] == ["norm", "head"]
+    assert found["holds"]
+    assert 0 < max(m["forward"] for m in found["modules"]) < 1e-4
+    assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-5)
+    config = DeepSeekV4Config.preset("tiny")
+    assert len(names) == 3 * config.num_hidden_layers + 2
+    assert "lm_head.weight" in {p["name"] for p in found["parameters"]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "first"),
+    [
+        ("layers.1.attn.wkv.weight", "layers.1.attn"),
+        ("layers.2.ffn.shared_experts.down", "layers.2.ffn"),
+        ("layers.3.hc_ffn_base", "layers.3"),
+        ("norm.weight", "norm"),
+        ("head.weight", "head"),
+    ],
+)
+def test_a_wrong_weight_is_named_by_its_module(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, first: str
+) -> None:
+    def load(path: Path, **options: str) -> DeepSeekV4:
+        model = load_model(path, **options)
+        parameter = dict(model.named_parameters())[wrong]
+        with torch.no_grad():
+            parameter[-1] += 0.5 * parameter.abs().max() + 0.5
+        return model
+
+    monkeypatch.setattr(parity, "load_model", load)
+    assert check_parity(folder, LENGTHS, ops="reference").first_forward == first
+
+
+def test_a_wrong_gradient_is_named_although_the_forward_pass_is_right(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    def load(path: Path, **options: str) -> DeepSeekV4:
+        model = load_model(path, **options)
+        block = model.layers[2]
+        assert isinstance(block, Sublayers)
+        block.ffn_norm.register_forward_hook(lambda module, inputs, output: Doubled.apply(output))
+        return model
+
+    monkeypatch.setattr(parity, "load_model", load)
+    assert main(["parity", str(folder), "--ops", "reference"]) == 1
+    told = capsys.readouterr().out
+    assert "forward differs" not in told
+    assert "backward differs first, from the loss back, in layers.2.attn" in told
+    assert "model.layers.2.post_attention_layernorm.weight" not in told  # its own gradient comes before the fault
+
+
+def test_what_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="predict nothing"):
+        check_parity(folder, [1, 1])
+    with pytest.raises(ConfigError, match="longer than the model"):
+        check_parity(folder, [10**9])
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "fp8"}
+    (quantised / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="is quantised"):
+        check_parity(quantised, LENGTHS)
+    assert main(["parity", str(folder), "--documents", "1;5"]) == 1
