@@ -44,14 +44,17 @@ def test_another_rate_is_seen_at_the_step_after_it_was_used(first: Path, tmp_pat
     assert pair["weights"]["tensors"][0]["name"] == "model.embed.weight"
 
 
-def test_a_frozen_layer_is_the_one_that_stays_equal(first: Path, tmp_path: Path) -> None:
-    other = _train(tmp_path / "frozen", "train.frozen=['embed.weight', 'layers.0.*']")
-    found = parting(first / "checkpoints", other / "checkpoints")
+def test_tensors_come_in_the_order_of_the_forward_pass(tmp_path: Path) -> None:
+    frozen = "train.frozen=['embed.weight', 'layers.0.*']"
+    one = _train(tmp_path / "one", frozen, "train.num_steps=2")
+    other = _train(tmp_path / "other", frozen, "train.num_steps=2", "optimizer.learning_rate=0.03")
+    found = parting(one / "checkpoints", other / "checkpoints")
     assert found.step == 2
     names = [d.name for d in found.tensors]
-    assert not names[0].startswith("model.embed")
-    places = [name for name in names if name.startswith("model.layers.")]
-    assert names.index("model.head.weight") > names.index(places[-1])
+    assert names[0].startswith("model.layers.1.")
+    blocks = [place for place, name in enumerate(names) if name.startswith("model.layers.")]
+    assert blocks[-1] < names.index("model.norm.weight") < names.index("model.head.weight")
+    assert names[-1].startswith("model.mtp.")
 
 
 def test_runs_without_a_common_checkpoint(first: Path, tmp_path: Path) -> None:

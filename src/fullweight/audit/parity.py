@@ -144,7 +144,7 @@ def check_parity(folder: Path, lengths: Sequence[int], seed: int = 0, ops: str =
     or when memory does not suffice.
     """
     if not lengths or min(lengths) < 1 or max(lengths) < 2:
-        raise ConfigError(f"documents of {list(lengths)} tokens predict nothing; give lengths, one >= 2")
+        raise ConfigError(f"documents of {list(lengths)} tokens predict nothing; give one of 2 or more")
     config = DeepSeekV4Config.from_file(folder)
     if max(lengths) > config.max_position_embeddings:
         raise ConfigError(
