@@ -140,8 +140,8 @@ class _Seen:
 def check_parity(folder: Path, lengths: Sequence[int], seed: int = 0, ops: str = "auto") -> Parity:
     """Compare on documents of random tokens of the given lengths.
 
-    Raises CheckpointError on a folder that transformers cannot read (FP4 and FP8), ConfigError without transformers
-    or when memory does not suffice.
+    Raises CheckpointError on a folder that transformers cannot read (FP4 and FP8), ConfigError without
+    transformers or when memory does not suffice.
     """
     if not lengths or min(lengths) < 1 or max(lengths) < 2:
         raise ConfigError(f"documents of {list(lengths)} tokens predict nothing; give one of 2 or more")
