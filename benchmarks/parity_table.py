@@ -30,8 +30,8 @@ from fullweight.ops import available_operations  # noqa: E402
 INTRODUCTION = """# Parity with transformers
 
 Written by `python benchmarks/parity_table.py`; the same comparison is part of `make test`
-(`tests/unit/models/test_parity.py`). `fullweight parity` makes it on a checkpoint of yours and names the first module
-that differs: [comparing](compare.md#our-model-beside-transformers).
+(`tests/unit/models/test_parity.py`). `fullweight parity` makes it on a checkpoint of yours and names the first
+module that differs: [comparing](compare.md#our-model-beside-transformers).
 
 Each row is a random small configuration with random weights that leave no part idle. Its documents go through
 our model in one pack, and through `DeepseekV4ForCausalLM` (eager) each in a call of its own. A name reads: number,
