@@ -48,7 +48,7 @@ def compare_command(
     from rich.text import Text
 
     from fullweight.evidence.compare import Verdict, compare
-    from fullweight.evidence.compare_page import cost_rows, described, facts_of, write_comparison
+    from fullweight.report.comparison import cost_rows, described, facts_of, write_comparison
 
     for file in (json_file, html_file):
         if file is not None and not file.absolute().parent.is_dir():
