@@ -69,12 +69,16 @@ def verify_command(
     path: Annotated[Path, typer.Argument(help=_EITHER)],
     *,
     everything: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,
+    root: Annotated[
+        bool, typer.Option("--root", help="print the state's root too, which takes as long again")
+    ] = False,
 ) -> None:
     """Read every byte and compare it with what was written; exit status 1 when something differs."""
     import time
 
     from fullweight.checkpoint import generations
     from fullweight.checkpoint.manifest import CorruptError, verify
+    from fullweight.evidence.state_root import stored_root
 
     paths = [p for _, p in generations.listed(_folder(path))] if everything else [_generation(path)]
     failed = False
@@ -89,6 +93,8 @@ def verify_command(
         size, seconds = found.manifest.size_bytes, time.perf_counter() - began
         rate = f"{size / 1e6:,.1f} MB in {seconds:.2f} s"
         typer.echo(f"intact: {one}, step {found.step}, {rate}, manifest SHA-256 {found.sha256}")
+        if root:
+            typer.echo(f"  state root {stored_root(found).root}")
     if not paths:
         raise CheckpointError(f"no checkpoint in {_folder(path)}")
     if failed:

@@ -27,6 +27,7 @@ from fullweight.cli.init import init_command
 from fullweight.cli.parity import parity_command
 from fullweight.cli.plan import plan_command
 from fullweight.cli.rehearse import rehearse_command
+from fullweight.cli.replay import replay_command
 from fullweight.cli.resume import resume_command
 from fullweight.cli.train import INTERRUPTED, train_command
 from fullweight.core.errors import FullweightError, ToldError
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("resume")(resume_command)
+app.command("replay")(replay_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("init")(init_command)

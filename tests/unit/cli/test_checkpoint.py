@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.unit.checkpoint.saved import save
+from tests.unit.checkpoint.saved import save, state
 
 from fullweight.cli.main import main
+from fullweight.evidence.state_root import live_root
 
 
 @pytest.fixture
@@ -65,3 +66,9 @@ def test_diff_says_when_it_cannot_write(
     capsys.readouterr()
     assert run("diff", first, run_folder, "--json", tmp_path / "missing" / "differences.json") == 1
     assert "differences.json: No such file or directory; name another file" in capsys.readouterr().err
+
+
+def test_verify_prints_the_root_of_a_state(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the tensors and the position as they are in memory."""
+    assert run("verify", run_folder, "--root") == 0
+    assert f"state root {live_root(state(2.0), {'step': 2}).root}\n" in capsys.readouterr().out

@@ -1,0 +1,255 @@
+"""Repeating a window of a recorded run from a kept state, with its configuration and its data, and comparing.
+
+The steps are those of training itself (`train.loop.one_step`), in a temporary folder; the recorded run is only
+read. On the same stack (`stack.py`) every value and every bit of the state at the window's end must be equal. On
+another one, losses and weights must be within a bound that rounding keeps and what is worth faking does not
+(docs/evidence.md has the measurements).
+
+What a window shows: these steps, from that state, with these data, give what was recorded. Not that the state it
+starts from was made by training (draw more windows), nor that nothing else was trained in secret.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fullweight.audit.again import Again, Means, repeat
+from fullweight.audit.lines import Divergence, beyond, divergences
+from fullweight.audit.recorded import Recorded
+from fullweight.audit.states import StateDistance, distance, first_beyond
+from fullweight.audit.windows import Window
+from fullweight.checkpoint.manifest import CorruptError, Generation, verify
+from fullweight.checkpoint.peers import Peers
+from fullweight.core.errors import FullweightError
+from fullweight.evidence.state_root import StateRoot, stored_root
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.parallel.mesh import Ranks
+from fullweight.train.config import RunConfig
+from fullweight.train.loop import joined_for, load_config
+from fullweight.train.run_folder import RunFolder
+
+TENSOR_BOUND = 0.3
+"""Of one tensor's effect; a matrix that one step in two left as it was is at 0.5."""
+_LEAST_SHARE = 1e-2  # of the bound: what a tensor must contribute to be judged on its own
+
+
+def default_bound(config: dict[str, Any]) -> float:
+    """What is taken for rounding on another stack, of weights by effect, moments, losses and gradient norms.
+
+    `config` is the run's. docs/evidence.md has the measurements behind it.
+    """
+    optimizer = config["optimizer"]
+    rounds = config["train"]["precision"] == "bf16"
+    rounds |= optimizer["name"] == "muon" and optimizer["muon"]["ns_dtype"] == "bfloat16"
+    return 1e-2 if rounds else 1e-3
+
+
+class Verdict(StrEnum):
+    """What a replay says of a window."""
+
+    verified = "verified"
+    refuted = "refuted"
+    unchecked = "not checkable"
+
+
+class Agreement(StrEnum):
+    """How closely a replay came to the record."""
+
+    exact = "bit-exact"
+    bounded = "within the bound"
+    none = "neither"
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """One window. What was not reached is None or empty."""
+
+    window: Window
+    verdict: Verdict
+    reason: str  # one sentence
+    bound: float = 0.0  # that counts where bits may differ
+    stack: tuple[str, ...] = ()  # why bits may differ from the recorded ones; empty: they must not
+    agreement: Agreement | None = None
+    divergence: Divergence | None = None  # the first that counts
+    tensor: str | None = None  # the first, in the model's order, that counts
+    differing: tuple[Divergence, ...] = ()  # every value that is not equal bit for bit
+    distance: StateDistance | None = None  # None without a kept state at the window's end
+    roots: tuple[StateRoot, StateRoot] | None = None  # of the recorded state at the end and of the replayed one
+    seconds: float = 0.0
+
+
+def replay(root: Path, windows: Sequence[Window], means: Means, bound: float | None = None) -> list[ReplayResult]:
+    """Repeat windows of the run in folder `root`; all ranks call it together and all get the results.
+
+    `bound` is the relative distance that is rounding on another stack (by default `default_bound`).
+
+    Raises FullweightError when the folder is no whole run; what is wrong with a window is in its result.
+    """
+    recorded = Recorded.of(RunFolder(root))
+    with joined_for(_config(recorded, means)) as ranks:
+        return [_window(recorded, window, ranks, means, bound) for window in windows]
+
+
+def _config(recorded: Recorded, means: Means) -> RunConfig:
+    """What the ranks meet under: the run's own configuration, but for the device that was asked for."""
+    config = load_config(recorded.folder)
+    if means.device is None:
+        return config
+    values = config.model_dump(mode="json")
+    return RunConfig.resolve(
+        {**values, "train": {**values["train"], "device": means.device}}, str(recorded.folder.config)
+    )
+
+
+def _window(recorded: Recorded, window: Window, ranks: Ranks, means: Means, bound: float | None) -> ReplayResult:
+    began, peers = time.perf_counter(), Peers()
+    bound = default_bound(recorded.manifest.config) if bound is None else bound
+    blank = ReplayResult(window, Verdict.refuted, "", bound)
+    try:
+        start, end = (_kept(recorded, step) for step in (window.start, window.stop))
+    except CorruptError as error:
+        return replace(blank, reason=str(error))
+    refusal = peers.on_main(lambda: _refusal(recorded, window, start, end))
+    if refusal is not None:
+        return replace(blank, reason=refusal)
+    if start is None and window.start > 0:
+        kept = ", ".join(str(step) for step in sorted(recorded.kept())) or "none"
+        reason = f"no state of step {window.start} is kept to start from; kept: {kept}"
+        return replace(blank, verdict=Verdict.unchecked, reason=reason)
+    with _scratch(ranks, means.scratch) as folder:
+        try:
+            again = repeat(recorded, window, start, ranks, folder, means)
+        except FullweightError as error:
+            return replace(blank, verdict=Verdict.unchecked, reason=str(error))
+        judged = peers.on_main(lambda: _judged(recorded, again, end, blank))
+    return replace(judged, seconds=time.perf_counter() - began)
+
+
+def _kept(recorded: Recorded, step: int) -> Generation | None:
+    """The verified generation of a step; all ranks together. Raises CorruptError."""
+    path = recorded.kept().get(step)
+    return None if path is None else verify(path, Peers())
+
+
+def _refusal(recorded: Recorded, window: Window, start: Generation | None, end: Generation | None) -> str | None:
+    """What contradicts the record before anything is repeated."""
+    for generation in (start, end):
+        if generation is not None and (reason := recorded.why_not_its(generation)):
+            return reason
+    absent = [step for step in window.steps if step not in recorded.steps]
+    return f"the ledger has no line of step {absent[0]}" if absent else None
+
+
+def _judged(recorded: Recorded, again: Again, end: Generation | None, blank: ReplayResult) -> ReplayResult:
+    """Compare on this rank alone what was recorded with what came out."""
+    pairs = zip(blank.window.steps, again.records, strict=True)
+    differing = tuple(d for step, record in pairs for d in divergences(recorded.steps[step], record))
+    apart = roots = None
+    if end is not None:
+        architecture = DeepSeekV4Config.from_published(end.manifest.facts.model, str(end.path))
+        apart = distance(end, again.end, again.start, *_modules(architecture))
+        roots = stored_root(end), stored_root(again.end)
+    result = replace(blank, stack=again.stack, differing=differing, distance=apart, roots=roots)
+    exact = not differing and (end is None or roots is None or _same_state(end, again.end, roots, blank.window))
+    far = beyond(list(differing), blank.bound)
+    tensor = None if apart is None else first_beyond(apart.tensors, TENSOR_BOUND, _LEAST_SHARE * blank.bound)
+    near = apart is None or (apart.effect <= blank.bound and apart.moments <= blank.bound)
+    bounded = not far and tensor is None and near
+    agreement = Agreement.exact if exact else Agreement.bounded if bounded else Agreement.none
+    if exact or (again.stack and bounded):
+        reason = f"{_compared(result)}: {_how_close(result, agreement)}"
+        return replace(result, verdict=Verdict.verified, agreement=agreement, reason=reason)
+    if not again.stack:  # every bit counts
+        far, tensor = list(differing), next(iter(() if apart is None else apart.tensors), None)
+    elif tensor is None and apart is not None and not near:
+        tensor = max(apart.tensors, key=lambda d: d.share)
+    result = replace(
+        result,
+        agreement=agreement,
+        divergence=far[0] if far else None,
+        tensor=None if tensor is None else tensor.name,
+    )
+    return replace(result, reason=f"{_compared(result)}: {_what_diverged(result)}")
+
+
+def _same_state(
+    recorded: Generation, replayed: Generation, roots: tuple[StateRoot, StateRoot], window: Window
+) -> bool:
+    """Equal roots; from the beginning but for generators, which the start of a run draws from too."""
+    if window.start > 0:
+        return roots[0] == roots[1]
+    parts = [{**root.parts, "random": ""} for root in roots]
+    return parts[0] == parts[1] and recorded.manifest.facts.position == replayed.manifest.facts.position
+
+
+def _modules(architecture: DeepSeekV4Config) -> tuple[list[str], dict[str, int]]:
+    """Names of the model's tensors in a training state, in its order; how many matrices each parameter stacks."""
+    with torch.device("meta"):
+        model = DeepSeekV4(architecture)
+    matrices = {f"model.{name}": role.num_matrices for name, role in model.parameter_roles().items()}
+    return [f"model.{name}" for name in model.state_dict()], matrices
+
+
+def _compared(result: ReplayResult) -> str:
+    count = len(result.window.steps)
+    steps = f"{count} step{'s' if count != 1 else ''}"
+    if result.distance is None:
+        return f"{steps} repeated, and no state is kept of step {result.window.stop} to compare"
+    return f"{steps} repeated, with the state at the end"
+
+
+def _how_close(result: ReplayResult, agreement: Agreement) -> str:
+    if agreement is Agreement.exact:
+        return "every value and every bit is equal"
+    largest = max((d.relative or 0.0 for d in result.differing if d.relative is not None), default=0.0)
+    told = f"losses within {largest:.1e}"
+    return told if result.distance is None else f"{_distances(result.distance)}, {told}"
+
+
+def _distances(found: StateDistance) -> str:
+    return f"weights by effect {found.effect:.1e} ({found.weights:.1e} as they are), moments {found.moments:.1e}"
+
+
+def _what_diverged(result: ReplayResult) -> str:
+    parts = []
+    if result.divergence is not None:
+        parts.append(f"first divergence at {result.divergence}")
+    if result.tensor is not None and result.distance is not None:
+        by_name = {d.name: d for d in result.distance.tensors}
+        found = by_name[result.tensor]
+        size = found.note or f"relative distance {found.relative:.1e}"
+        size += "" if found.effect is None else f", by effect {found.effect:.1e}"
+        parts.append(f"first divergent tensor {result.tensor} ({size})")
+    if result.distance is not None:
+        held_to = f"the bound is {result.bound:.0e}" if result.stack else "every bit must be equal"
+        parts.append(f"{_distances(result.distance)}, {held_to}")
+    if result.divergence is None and result.tensor is None:
+        parts.insert(0, "the states differ in the place in the data or in random generators alone")
+    return "; ".join(parts)
+
+
+@contextmanager
+def _scratch(ranks: Ranks, parent: Path | None) -> Iterator[Path]:
+    """A temporary folder that all ranks see and that is gone afterwards."""
+    made: str | None = None
+    with ranks.main_first_failure():
+        if ranks.is_main:
+            made = tempfile.mkdtemp(prefix="fullweight-replay-", dir=parent)
+    folder = Path(ranks.broadcast(made))
+    try:
+        yield folder
+    finally:
+        ranks.barrier()
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)

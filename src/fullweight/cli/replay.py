@@ -1,0 +1,113 @@
+"""`fullweight replay`: repeat steps of a recorded run and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fullweight.audit.recorded import Recorded
+    from fullweight.audit.replay import ReplayResult
+    from fullweight.audit.windows import Window
+
+_UNCHECKED = 3
+
+
+def replay_command(
+    run: Annotated[Path, typer.Argument(help="folder of the run")],
+    *,
+    window: Annotated[
+        list[str] | None, typer.Option(help="a:b, the steps after a up to b; repeatable (the last kept one)")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="draw so many windows between kept states")] = None,
+    beacon: Annotated[
+        str | None, typer.Option(help="what is drawn with: a public value that was not known to the trainer")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder with the run's data files, if not where they were")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="the device to repeat on, by its name in recipes, instead of the recorded one"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of a rank (as recorded)")] = None,
+    bound: Annotated[
+        float | None,
+        typer.Option(min=0, help="relative distance that is rounding on another stack (1e-3; with bf16, 1e-2)"),
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="where two states are written meanwhile (temporary)")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all differences here")] = None,
+) -> None:
+    """Repeat steps of a run from a kept state and compare losses, gradients and weights with its record.
+
+    On the same machine and number of threads every bit must be equal, elsewhere within a bound. Exit status 0:
+    verified, 1: refuted, 3: not checkable here. Under torchrun several ranks work together.
+    """
+    from fullweight.audit.again import Means
+    from fullweight.audit.recorded import Recorded
+    from fullweight.audit.replay import Verdict, replay
+    from fullweight.cli.train import console
+    from fullweight.train.run_folder import RunFolder
+
+    if (windows is None) != (beacon is None) or (windows is not None and window):
+        raise typer.BadParameter("--windows and --beacon go together, and not with --window")
+    chosen = _chosen(Recorded.of(RunFolder(run)), window or [], windows, beacon)
+    results = replay(run, chosen, Means(data, device, threads, scratch), bound)
+    screen = console()
+    for result in results:
+        screen.print(told(result), markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        _write(json_file, results)
+    verdicts = {result.verdict for result in results}
+    if Verdict.refuted in verdicts:
+        raise typer.Exit(1)
+    if Verdict.unchecked in verdicts:
+        raise typer.Exit(_UNCHECKED)
+
+
+def told(result: ReplayResult) -> str:
+    """A window in a few lines."""
+    lines = [f"steps {result.window}: {result.verdict}: {result.reason} ({result.seconds:.1f} s)"]
+    lines += [f"  bits may differ: {reason}" for reason in result.stack]
+    if result.roots is not None:
+        lines.append(f"  state root {result.roots[0].root}, replayed {result.roots[1].root}")
+    return "\n".join(lines)
+
+
+def _chosen(recorded: Recorded, given: list[str], count: int | None, beacon: str | None) -> list[Window]:
+    from fullweight.audit.windows import Window, candidates, draw
+    from fullweight.core.errors import CheckpointError
+
+    if given:
+        return [Window.parse(text) for text in given]
+    found = candidates(list(recorded.kept()))
+    if not found:
+        raise CheckpointError(
+            f"no state is kept in {recorded.folder.checkpoints}; name a window from the beginning, such as "
+            "--window 0:5"
+        )
+    return found[-1:] if count is None or beacon is None else draw(found, recorded.head, beacon, count)
+
+
+def _write(path: Path, results: list[ReplayResult]) -> None:
+    import json
+    import math
+    from dataclasses import asdict
+
+    from fullweight.core.errors import CheckpointError
+
+    def finite(value: object) -> object:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {k: finite(v) for k, v in value.items()}
+        return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+    try:
+        path.write_text(json.dumps([finite(asdict(r)) for r in results], indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; name another file") from None
