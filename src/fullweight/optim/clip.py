@@ -4,6 +4,8 @@ The norm is taken in fp32 (fp64 of fp64 gradients) on each rank's own shards; th
 gathered and added in rank order, not all-reduced, so that every rank holds the same bits and a rerun repeats them.
 A gradient that is not a DTensor counts once: it must be the same on every rank.
 
+An optimizer that reads each gradient once anyway is told the factor instead, which saves a pass over all of them.
+
 Left out: norms other than 2, and partial (unreduced) gradients.
 """
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fullweight.core.tensors import local_part
+from fullweight.optim import update
+from fullweight.optim.adamw import AdamW
 
 
 def clip_grad_norm(
@@ -25,13 +29,15 @@ def clip_grad_norm(
     max_norm: float,
     norms: Sequence[Tensor] | None = None,
     across: dist.ProcessGroup | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
 ) -> Tensor:
-    """Scale the gradients in place so that their global 2-norm is at most `max_norm`.
+    """Scale the gradients so that their global 2-norm is at most `max_norm`.
 
     Returns the norm before scaling, a scalar. A norm that is not finite scales nothing: the caller's
     guard decides what to do with the step. Collective when a gradient is sharded; waits for the device.
     `norms` are `local_norms` of the gradients that there are, when the caller has them. The ranks of `across`
-    hold different parameters of one model, and all call.
+    hold different parameters of one model, and all call. Gradients are scaled in place, except those of an AdamW
+    among `optimizers`, whose next step scales them.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -39,16 +45,26 @@ def clip_grad_norm(
     none = local_part(parameters[0]).new_zeros((), dtype=_wide(parameters[0])) if parameters else torch.zeros(())
     norm = global_norm(gradients, norms, across, none)
     value = norm.item()
-    if gradients and math.isfinite(value) and value > max_norm:
-        torch._foreach_mul_([local_part(g) for g in gradients], max_norm / value)
+    factor = max_norm / value if math.isfinite(value) and value > max_norm else 1.0
+    later: set[Tensor] = set()
+    for optimizer in optimizers:
+        if isinstance(optimizer, AdamW):
+            optimizer.gradient_scale = factor
+            later.update(p for group in optimizer.param_groups for p in group["params"])
+    now = [local_part(p.grad) for p in parameters if p.grad is not None and p not in later]
+    if now and factor != 1.0:
+        torch._foreach_mul_(now, factor)
     return norm
 
 
 @torch.no_grad()
 def local_norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     """2-norm of this rank's part of each tensor, scalars."""
+    parts = [local_part(x) for x in tensors]
+    if parts and update.compiled_for(parts):
+        return list(update.norms(parts).unbind())
     # Row by row first: one fp32 accumulator over millions of entries loses four digits on a CPU.
-    rows = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)) for x in map(local_part, tensors))
+    rows = (torch.linalg.vector_norm(x, dim=-1, dtype=_wide(x)) for x in parts)
     return [torch.linalg.vector_norm(each) for each in rows]
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from fullweight.core.config import Config
 from fullweight.core.errors import TrainingError
 from fullweight.core.role import ParameterRole
-from fullweight.optim.adamw import AdamWConfig, build_adamw
+from fullweight.optim.adamw import AdamW, AdamWConfig, build_adamw
 from fullweight.optim.muon import Muon, MuonConfig
 from fullweight.optim.offload import HostAdamW, HostMuon
 from fullweight.optim.pieces import unsupported
@@ -79,7 +79,7 @@ def build_optimizers(
         muon = HostMuon if offload else Muon
         optimizers.append(muon(list(groups["muon"].values()), config.muon, config.learning_rate))
     if groups["adamw"]:
-        adamw = HostAdamW if offload else torch.optim.AdamW
+        adamw = HostAdamW if offload else AdamW
         optimizers.append(build_adamw(list(groups["adamw"].values()), config.adamw, config.learning_rate, adamw))
     return optimizers
 

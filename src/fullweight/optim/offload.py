@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from fullweight.core.tensors import local_part
 from fullweight.devices import separate
+from fullweight.optim.adamw import AdamW
 from fullweight.optim.buckets import buckets
 from fullweight.optim.muon import Muon
 
@@ -150,7 +151,7 @@ class HostMuon(HostMoments, Muon):  # type: ignore[misc]  # Muon's step is overl
     """Muon with its momentum in host memory."""
 
 
-class HostAdamW(HostMoments, torch.optim.AdamW):
+class HostAdamW(HostMoments, AdamW):
     """AdamW with both moments in host memory."""
 
 

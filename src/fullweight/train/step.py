@@ -117,7 +117,9 @@ def training_step(
     expert_counts, dropped = ranks.reduce(shares.expert_counts), ranks.reduce(shares.dropped)
     norms = local_norms(p.grad for p in model.parameters() if p.grad is not None)
     without_gradient = _without_gradient(model, norms, ranks)
-    grad_norm = clip_grad_norm(model.parameters(), clip_norm, norms, across=ranks.stages).item()
+    grad_norm = clip_grad_norm(
+        model.parameters(), clip_norm, norms, across=ranks.stages, optimizers=optimizers
+    ).item()
     refusal = guard.refusal(means, grad_norm)
     if refusal is None:
         for optimizer in optimizers:

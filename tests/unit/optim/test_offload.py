@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fullweight.core.role import ParameterRole
 from fullweight.optim import buckets
+from fullweight.optim.adamw import AdamW
 from fullweight.optim.groups import OptimizerConfig, build_optimizers, kind, set_learning_rate, summary
 from fullweight.optim.offload import Copies, HostMoments, host_tensors, moment_like
 
@@ -205,7 +206,7 @@ def test_a_step_that_fails_leaves_the_param_groups_whole(monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    monkeypatch.setattr(AdamW, "step", broken)
     with pytest.raises(RuntimeError, match="broken"):
         advance(model, optimizers, range(1))
     assert [list(map(id, group["params"])) for group in optimizers[0].param_groups] == before
