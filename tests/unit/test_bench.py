@@ -33,12 +33,12 @@ def _steps(kind: str, length: int, seconds: list[float], peak: float, baseline: 
 
 
 def test_summary_arithmetic() -> None:
-    """Medians over rounds, the largest memory, the best matmul as peak, ratios, the memory line."""
+    """The mean of the rounds' medians, the largest memory, the best matmul as peak, ratios, the memory line."""
     config = BenchConfig(lengths=(100, 200, 400), preset="tiny")
     runs = [
         _matmul(300 * GB, 100 * GB),
-        _steps("fullweight", 100, [1.0, 3.0], 1.0 * GB),
-        _steps("fullweight", 100, [2.0], 1.1 * GB),  # a second round
+        _steps("fullweight", 100, [1.0, 1.0, 1.0, 1.5], 1.0 * GB),
+        _steps("fullweight", 100, [3.0], 1.1 * GB),  # a second round, which counts as much as the first
         _steps("transformers", 100, [8.0], 4.4 * GB),
         _steps("fullweight", 200, [4.0], 1.2 * GB),
         Run("transformers", 200, None, "transformers at 200 tokens: killed, most likely out of memory"),

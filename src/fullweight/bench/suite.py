@@ -2,8 +2,11 @@
 
 For every length in turn: the matmul peak, our step, transformers; then the peak once more. Whatever else the
 machine does falls on all of them alike. The peak that percentages refer to is the best median of any shape at
-any time, so a disturbed matmul cannot flatter the model. Times are medians over all timed steps of a length,
-memory is the largest over its processes.
+any time, so a disturbed matmul cannot flatter the model. Memory is the largest over a length's processes.
+
+A time is the median over a process's steps, averaged over the processes of a length. On a rented machine a process
+may be a tenth slower than the next one of its length for as long as it lives. The median over the steps of both
+would be the one's or the other's by chance; the mean is half of each, at every length alike.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ CONVENTIONS = {
     "step": "ours: forward, backward (next-token, MTP, indexer, balance losses), clipping, optimizer, router "
     "bias, with fp32 masters and moments; transformers: forward and backward of the next-token loss in bf16, "
     "no optimizer",
-    "time": "median wall time of the timed steps, warm-up left out, of both at least so many and so many "
-    "seconds as the settings say; spread is (slowest - fastest) / median",
+    "time": "median wall time of a process's timed steps, warm-up left out, of both at least so many and so many "
+    "seconds as the settings say; averaged over processes; spread is (slowest - fastest step) / that",
     "memory": "peak resident memory of a fresh process; above baseline: minus what imports alone hold",
     "flops": "exact sparse model FLOPs of training_flops (MTP, indexer loss over selected entries), no "
     "recompute, no padding, no optimizer, over the whole step's time",
@@ -213,14 +216,19 @@ def _side(runs: list[Run]) -> Side | None:
     results = [run.result for run in runs if run.result is not None]
     if not results:
         return None
-    steps = [step for result in results for step in result["steps"]]
-    times = [sum(step.values()) for step in steps]
-    seconds = statistics.median(times)
+    times = [[sum(step.values()) for step in result["steps"]] for result in results]
+    seconds = statistics.mean(map(statistics.median, times))
+    fastest, slowest = min(map(min, times)), max(map(max, times))
     return Side(
         seconds=seconds,
-        spread=(max(times) - min(times)) / seconds,
+        spread=(slowest - fastest) / seconds,
         tokens_per_second=runs[0].length / seconds,
         peak_bytes=max(result["peak_bytes"] for result in results),
         bytes_above_baseline=max(result["peak_bytes"] - result["baseline_bytes"] for result in results),
-        seconds_by_phase={p: statistics.median(step[p] for step in steps) for p in steps[0]},
+        seconds_by_phase={
+            phase: statistics.mean(
+                statistics.median(step[phase] for step in result["steps"]) for result in results
+            )
+            for phase in results[0]["steps"][0]
+        },
     )
