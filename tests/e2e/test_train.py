@@ -24,7 +24,11 @@ from fullweight.data.loader import PackedLoader, batch_digest
 from fullweight.data.sources import question_digest, read
 from fullweight.data.tokenizer import load_tokenizer
 from fullweight.evidence.merkle import root
+from fullweight.train.assemble import assemble
 from fullweight.train.config import RunConfig
+from fullweight.train.loop import joined_for
+from fullweight.train.opening import gathered
+from fullweight.train.run_folder import RunFolder
 
 SHORT = ["--set", "train.num_steps=6", "--set", "train.precision=fp32", "--set", "eval.num_samples=2"]
 SHORT += ["--set", "eval.every=3", "--set", "checkpoint.every=3", "--set", "eval.max_new_tokens=8"]
@@ -101,6 +105,21 @@ def test_the_record_can_be_recomputed(finished: Path) -> None:
         split[int.from_bytes(question[:8], "little") < 0.1 * 2**64].append(bytes.fromhex(digest))
     for side, digests in (("train", split[False]), ("held_out", split[True])):
         assert manifest["data"][side] == {"number": len(digests), "merkle_root": root(digests)}
+
+
+def test_the_first_weights_can_be_made_again(finished: Path, tmp_path: Path) -> None:
+    """From the recorded configuration, in another process: same seed, same root; another seed, another root."""
+    manifest = json.loads((finished / "manifest.json").read_text())
+    roots = []
+    for seed in (0, 1):
+        config = RunConfig.resolve(
+            manifest["config"] | {"train": manifest["config"]["train"] | {"seed": seed}}, ""
+        )
+        with joined_for(config) as ranks:
+            run = assemble(config, RunFolder(tmp_path), ranks)
+            roots.append(gathered(run).weights_root)
+            run.state.loader.close()
+    assert roots[0] == manifest["initial"]["weights_root"] != roots[1]
 
 
 def test_the_end_is_recorded(finished: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_shared_row_counts_once(tokens: int, ranks: int, axes: tuple[str, ...]
     train(one, 1, f"data.row_tokens={tokens}")
     train(many, ranks, f"data.row_tokens={tokens}", *(f"parallel.{axis}" for axis in axes))
     for a, b in zip(ledger(one, "step"), ledger(many, "step"), strict=True):
-        for exact in ("tokens", "experts", "parameters", "without_gradient", "unseen_embeddings"):
+        for exact in ("batch", "tokens", "experts", "parameters", "without_gradient", "unseen_embeddings"):
             assert b[exact] == a[exact], exact
         assert b["loss"] == pytest.approx(a["loss"], rel=BOUND)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=BOUND)

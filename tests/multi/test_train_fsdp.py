@@ -72,6 +72,8 @@ def test_two_ranks_follow_one(optimizer: str, tmp_path: Path) -> None:
         assert b["loss"]["lm"] == pytest.approx(a["loss"]["lm"], rel=BOUND)
         assert b["loss"]["mtp"] == pytest.approx(a["loss"]["mtp"], rel=BOUND)
         assert b["total_loss"] == pytest.approx(a["total_loss"], rel=BOUND)
+    roots = {json.loads((runs[r] / "manifest.json").read_text())["initial"]["weights_root"] for r in (1, 2)}
+    assert len(roots) == 1, "sharded or not, the same first weights"
     # Before the weights could drift apart every component and the gradient agree to rounding.
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-6)

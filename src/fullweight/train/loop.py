@@ -45,7 +45,7 @@ from fullweight.train.export import kept_form
 from fullweight.train.finish import finish, show_answers
 from fullweight.train.guards import StopRequest
 from fullweight.train.metrics import step_record
-from fullweight.train.opening import changes_since, write_head
+from fullweight.train.opening import changes_since, gathered, write_head
 from fullweight.train.progress import Reporter
 from fullweight.train.ready import prepare, require_ready
 from fullweight.train.records import Records
@@ -92,11 +92,11 @@ def train(config: RunConfig, console: Console | None = None) -> Outcome:
             return _resume(config, folder, ranks, console, OnCorrupt.previous)
         with Identifying(config.data) if ranks.is_main else nullcontext() as identifying:
             run = assemble(config, folder, ranks)
-            chips = ranks.gather(of(ranks.device).chip())
+            together = gathered(run)
             with ranks.main_first_failure():
                 if identifying is not None:
                     check_disk(run)
-                    write_head(run, identifying.result(), chips, again=how is Beginning.again)
+                    write_head(run, identifying.result(), together, again=how is Beginning.again)
         with owned(folder, ranks):
             return _drive(run, console, _start)
 

@@ -10,17 +10,18 @@ import hashlib
 import json
 import secrets
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from fullweight.core.durable import sync, sync_tree
 from fullweight.core.errors import DataError
 from fullweight.data.identify import Identified
+from fullweight.devices import of
 from fullweight.evidence import manifest as manifests
 from fullweight.evidence import merkle
 from fullweight.evidence.manifest import Data, DataFile, RunManifest, Samples, Source
+from fullweight.evidence.state_root import live_root
 from fullweight.train import code
 from fullweight.train.assemble import Run
 from fullweight.train.metrics import convention
@@ -29,14 +30,32 @@ from fullweight.train.run_folder import environment, write_json
 from fullweight.train.weights import keep_origin
 
 _DIGEST_BYTES = 16
+_ROOTED_BYTES = 10**9
 _OF_ONE_CALL = ("command", "commit", "uncommitted_changes")  # the code has its own entry
 
 
-def write_head(run: Run, identified: Identified, chips: Sequence[str], again: bool) -> None:
+@dataclass(frozen=True)
+class Together:
+    """What of a manifest takes all ranks."""
+
+    chips: list[str]  # of each rank
+    weights_root: str | None  # of the first weights (`evidence/state_root.py`)
+
+
+def gathered(run: Run) -> Together:
+    """All ranks together. Models of more than 1 GB have no root: hashing them on rank 0 would hold up the run."""
+    root = None
+    if run.parameters.total * 4 <= _ROOTED_BYTES:
+        weights = {name: value for name, value in run.state.tensors().items() if name.startswith("model.")}
+        root = live_root(weights, run.state.position()).parts["model"]
+    return Together(run.ranks.gather(of(run.ranks.device).chip()), root)
+
+
+def write_head(run: Run, identified: Identified, together: Together, again: bool) -> None:
     """Make the folder of a run and write all that there is before its first step; rank 0 alone.
 
-    `chips` are those of all ranks. With `again` the run was begun here before, and its manifest stays. Raises
-    DataError when the data are others now.
+    With `again` the run was begun here before, and its manifest stays. Raises DataError when the data are others
+    now.
     """
     run.folder.create(this_launch(), again)
     run.tokenizer.save(run.folder.tokenizer)
@@ -44,7 +63,7 @@ def write_head(run: Run, identified: Identified, chips: Sequence[str], again: bo
     write_json(run.folder.model, run.architecture.to_published())
     stood_on = environment(run.ranks.size, run.ranks.device)
     write_json(run.folder.environment, stood_on)
-    manifest = manifest_of(run, identified, chips, stood_on)
+    manifest = manifest_of(run, identified, together, stood_on)
     if run.folder.manifest.is_file():
         require_same_data(manifests.read(run.folder.manifest), manifest.data)
     else:
@@ -54,7 +73,7 @@ def write_head(run: Run, identified: Identified, chips: Sequence[str], again: bo
     sync(run.folder.root.absolute().parent)
 
 
-def manifest_of(run: Run, identified: Identified, chips: Sequence[str], stood_on: dict[str, Any]) -> RunManifest:
+def manifest_of(run: Run, identified: Identified, together: Together, stood_on: dict[str, Any]) -> RunManifest:
     """What the run begins with."""
     config = run.config.model_dump(mode="json", exclude={"output"})
     return RunManifest(
@@ -66,11 +85,11 @@ def manifest_of(run: Run, identified: Identified, chips: Sequence[str], stood_on
         model=run.architecture.to_published(),
         parameters=asdict(run.parameters),
         environment=stood_on,
-        layout={"ranks": run.ranks.size, "axes": run.ranks.layout.axes(), "chips": dict(Counter(chips))},
+        layout={"ranks": run.ranks.size, "axes": run.ranks.layout.axes(), "chips": dict(Counter(together.chips))},
         seeds={"train": run.config.train.seed, "data": run.config.data.seed},
         threads_per_rank=stood_on["threads_per_rank"],
         data=_data(run, identified),
-        initial=_initial(run),
+        initial={**_initial(run), "weights_root": together.weights_root},
         peak=asdict(run.peak),
         flops_convention=convention(run.parameters),
         mlperf=_mlperf(run),
