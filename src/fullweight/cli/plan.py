@@ -11,6 +11,7 @@ import typer
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fullweight.models.deepseek_v4.config import DeepSeekV4Config
     from fullweight.planner.search import Request
 
 
@@ -114,7 +115,7 @@ def _request(
     if preset in PRESETS or not Path(model).exists():
         config = DeepSeekV4Config.preset(preset)
     else:
-        config = DeepSeekV4Config.from_file(model)
+        config = _config_of(Path(model))
     if sequence > config.max_position_embeddings:
         raise ConfigError(
             f"--sequence {sequence} exceeds the model's max_position_embeddings "
@@ -122,6 +123,25 @@ def _request(
         )
     device = find_chip(chip, chip_file)
     return Request(model, config, device, chips * device.dies_per_chip, sequence, global_batch, optimizer, skew)
+
+
+def _config_of(file: Path) -> DeepSeekV4Config:
+    """The file's model; of another family whose step times can be predicted, where."""
+    from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+    from fullweight.planner.families import shape_of_file
+
+    try:
+        return DeepSeekV4Config.from_file(file)
+    except ConfigError as error:
+        try:
+            shape_of_file(file)
+        except ConfigError:
+            raise error from None
+        raise ConfigError(
+            f"{error}: layouts and memory are planned for DeepSeek-V4 alone. What a layout of another family "
+            "takes a step is predicted from a table of runs: fullweight bench planner --unseen FOLDER "
+            "(docs/plan.md)"
+        ) from None
 
 
 def _cluster(text: str) -> tuple[str, int]:

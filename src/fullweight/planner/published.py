@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -23,10 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fullweight.core.errors import ConfigError
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.planner.chips import chip
+from fullweight.planner.families import families, family_work, shape_of_file
 from fullweight.planner.job import Job, Precision, Recompute
-from fullweight.planner.shapes import Shape, Work, work_of, work_of_v4
+from fullweight.planner.shapes import Shape, Work, work_of
 from fullweight.planner.software import Software, software
 
 TOLERANCE = 0.10
@@ -70,24 +69,11 @@ class UnusableError(Exception):
     """Why a row is no case."""
 
 
-@cache
-def families() -> dict[str, Shape]:
-    """Shapes of published models by name."""
-    text = resources.files("fullweight.planner").joinpath("families.toml").read_text(encoding="utf-8")
-    return {
-        name: Shape.resolve({"name": name, **entry}, f"[{name}]") for name, entry in tomllib.loads(text).items()
-    }
-
-
-@cache
-def family_work(name: str, sequence: int) -> Work:
-    if name.startswith("v4-"):
-        return work_of_v4(DeepSeekV4Config.preset(name[3:]), sequence)
-    return work_of(families()[name], sequence)
-
-
 def load(folder: Path | None = None) -> tuple[list[Case], list[Rejected]]:
-    """(cases, rejected rows) of those of the three tables that are in `folder`, or of those of the package."""
+    """(cases, rejected rows) of those of the three tables that are in `folder`, or of those of the package.
+
+    A model that is not known here may have its config.json, or its shape as TOML, in `folder` under its name.
+    """
     cases: list[Case] = []
     rejected: list[Rejected] = []
     tables = {"published_runs.csv": _mixed, "megatron_bridge.csv": _bridge, "vtrain_multi.csv": _vtrain}
@@ -100,10 +86,18 @@ def load(folder: Path | None = None) -> tuple[list[Case], list[Rejected]]:
         for number, row in enumerate(csv.DictReader(lines), 2):
             label = f"{file}:{number}"
             try:
-                cases += list(tables[file](row, label))
+                cases += list(tables[file](row, label, folder))
             except UnusableError as reason:
                 rejected.append(Rejected(label + " " + _label(row), str(reason)))
     return cases, rejected
+
+
+def _own_work(folder: Path | None, model: str, sequence: int) -> Work:
+    """The work of a model whose file lies beside the tables."""
+    for suffix in (".json", ".toml"):
+        if folder is not None and (file := folder / f"{model}{suffix}").is_file():
+            return work_of(shape_of_file(file), sequence)
+    raise UnusableError(f"no shape of {model} is known, or its layers are of kinds that have no basis here")
 
 
 def _label(row: dict[str, str]) -> str:
@@ -159,22 +153,23 @@ _PRECISIONS: dict[str, Precision] = {
 }
 
 
-def _bridge(row: dict[str, str], label: str) -> Iterator[Case]:
+def _bridge(row: dict[str, str], label: str, folder: Path | None) -> Iterator[Case]:
     model = row["Model"]
     if "LoRA" in row["section"]:
         raise UnusableError("LoRA: the base has no weight gradients")
-    if model not in _BRIDGE_MODELS:
-        raise UnusableError("no shape: Mamba hybrid layers have no basis here")
     if not row["Precision"]:
         raise UnusableError("precision is not stated")
-    family = _BRIDGE_MODELS[model]
     precision = row["Precision"].split(" ")[0]
     if precision not in _PRECISIONS:
         raise UnusableError(f"precision {precision} is unknown")
     sequence = int(row["Sequence Length"])
-    work = family_work("deepseek-v3", sequence) if family != "deepseek-v3-no-mtp" else _without_mtp(sequence)
-    if "deepseek" not in family:
+    family = _BRIDGE_MODELS.get(model, model)
+    if family == "deepseek-v3-no-mtp":
+        work = _without_mtp(sequence)
+    elif family in families():
         work = family_work(family, sequence)
+    else:
+        work = _own_work(folder, model, sequence)
     ranks, batch = int(row["#-GPUs"]), int(row["GBS"])
     fsdp = int(row["FSDP"] or 0)
     rate = _number(row["Tokens / sec / GPU"], "tokens/s")
@@ -210,7 +205,7 @@ def _without_mtp(sequence: int) -> Work:
 # ---- vTrain ------------------------------------------------------------------------------------------
 
 
-def _vtrain(row: dict[str, str], label: str) -> Iterator[Case]:
+def _vtrain(row: dict[str, str], label: str, folder: Path | None) -> Iterator[Case]:
     hidden, heads, layers = int(row["hidden size"]), int(row["attention heads"]), int(row["# layers"])
     sequence = int(row["sequence length"])
     job = Job(
@@ -279,7 +274,7 @@ def _mixed_software(row: dict[str, str], overlapped: bool) -> Software:
     return Software(dispatch="plain" if "Ascend" in row["chip"] else "fused", hidden_exchange=overlapped)
 
 
-def _mixed(row: dict[str, str], label: str) -> Iterator[Case]:
+def _mixed(row: dict[str, str], label: str, folder: Path | None) -> Iterator[Case]:
     name = row["id"]
     if name.startswith("titan-"):
         yield _torchtitan(row, label)
@@ -295,7 +290,7 @@ def _mixed(row: dict[str, str], label: str) -> Iterator[Case]:
         precision = "FP8"  # the chip has no FP4
     if precision.split(";")[0] not in {*_PRECISIONS, "bf16"}:
         raise UnusableError(f"precision {precision!r} is ambiguous")
-    work = _mixed_work(row, sequence)
+    work = _mixed_work(row, sequence, folder)
     year = _YEARS.get(name.split("-")[0], 2025.3)
     overlapped = row["VPP"] == "DualPipe"
     stages = int(row["PP"] or 1)
@@ -332,8 +327,8 @@ def _group(name: str) -> str:
     return {"v4flash": "v4", "v4pro": "v4", "dsv3": "dsv3 cards"}.get(source, source)
 
 
-def _mixed_work(row: dict[str, str], sequence: int) -> Work:
-    model, hidden = row["model"], int(_number(row["hidden"], "the width"))
+def _mixed_work(row: dict[str, str], sequence: int, folder: Path | None) -> Work:
+    model = row["model"]
     if model.startswith("DeepSeek-V4"):
         return family_work("v4-" + model.rsplit("-", 1)[1].lower(), sequence)
     if model == "DeepSeek-V3":
@@ -341,8 +336,11 @@ def _mixed_work(row: dict[str, str], sequence: int) -> Work:
     if model.startswith("Llama-3.1 405B"):
         return family_work("llama3-405b", sequence)
     if model.startswith("GPT"):
+        hidden = int(_number(row["hidden"], "the width"))
+        if hidden not in _GPT_HEADS:
+            raise UnusableError(f"the number of heads of a GPT {hidden} wide is not known")
         return work_of(_gpt(int(row["layers"]), hidden, _GPT_HEADS[hidden]), sequence)
-    raise UnusableError(f"no shape for {model}")
+    return _own_work(folder, model, sequence)
 
 
 def _timings(

@@ -12,8 +12,8 @@ from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.planner.chips import Chip, chip, chip_names
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import even_cut, parts_of, step_time
+from fullweight.planner.families import family_work
 from fullweight.planner.job import Job
-from fullweight.planner.published import family_work
 from fullweight.planner.shapes import work_of_v4
 from fullweight.planner.topology import expert_routes, placements
 

@@ -11,6 +11,7 @@ from tests.processes import fullweight
 from fullweight.core.errors import ConfigError
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import Coefficients
+from fullweight.planner.families import families
 from fullweight.planner.fit import fit, judge, mean_error, orders, predict
 from fullweight.planner.published import load
 from fullweight.planner.software import Software, software
@@ -85,6 +86,22 @@ def test_runs_of_ones_own_are_predicted_without_a_fit(tmp_path: Path) -> None:
     result = fullweight("bench", "planner", "--unseen", tmp_path)
     assert result.ok
     assert "all: 2 runs, mean error" in result.output
+
+
+def test_a_model_of_ones_own_is_read_from_its_file(tmp_path: Path) -> None:
+    """The same row under a name that is not known, with the same sizes in a file beside it."""
+    table = Path("src/fullweight/planner/runs/megatron_bridge.csv").read_text().splitlines()
+    row = next(line for line in table if ",Qwen3_30B_a3B,DGX-H100," in line)
+    (tmp_path / "megatron_bridge.csv").write_text("\n".join((table[0], row.replace("Qwen3_30B_a3B", "Mine"))))
+    cases, rejected = load(tmp_path)
+    assert not cases
+    assert "no shape of Mine is known" in rejected[0].reason
+    sizes = families()["qwen3-30b-a3b"].model_dump(exclude={"name"})
+    (tmp_path / "Mine.toml").write_text("\n".join(f"{k} = {str(v).lower()}" for k, v in sizes.items()))
+    (case,) = load(tmp_path)[0]
+    known = next(c for c in CASES if "Qwen3_30B_a3B DGX-H100" in c.name)
+    assert case.job.work.training_flops == known.job.work.training_flops
+    assert case.seconds == known.seconds
 
 
 def test_a_folder_without_tables_is_told(tmp_path: Path) -> None:

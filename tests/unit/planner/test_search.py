@@ -246,6 +246,20 @@ def test_mistakes_are_one_message() -> None:
     assert "expected a chip and a number of chips" in result.output
 
 
+def test_a_model_of_another_family_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    sizes = '"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256'
+    file.write_text(f'{{"model_type": "llama", {sizes}, "vocab_size": 1000}}')
+    result = fullweight("plan", file, "--chip", "h100", "--chips", "8")
+    assert not result.ok
+    assert (
+        "describes model_type 'llama'; expected 'deepseek_v4': layouts and memory are planned for" in result.output
+    )
+    file.write_text('{"model_type": "mamba"}')
+    result = fullweight("plan", file, "--chip", "h100", "--chips", "8")
+    assert "describes model_type 'mamba'; expected 'deepseek_v4'" in result.output
+
+
 def test_clusters_side_by_side(tmp_path: Path) -> None:
     result = fullweight(
         *("plan", "flash", "--chip", "ascend-910c", "--chips", "64", "--global-batch", "256"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import training_flops_per_token
-from fullweight.planner.published import families
+from fullweight.planner.families import families, shape_of_file
 from fullweight.planner.shapes import work_of, work_of_v4
 
 # billions of parameters: model cards (DeepSeek-V3's 671 are without its MTP layer)
@@ -34,6 +37,32 @@ def test_parameters_are_those_of_the_model_card(name: str) -> None:
 )
 def test_flops_are_those_of_another_count(name: str, sequence: int, gflops: float) -> None:
     assert work_of(families()[name], sequence).training_flops / 1e9 == pytest.approx(gflops, rel=0.01)
+
+
+def test_a_shape_comes_from_a_config_json(tmp_path: Path) -> None:
+    """The defaults of transformers' own classes are published models; ours are theirs."""
+    from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig
+
+    for made, name in (
+        (MixtralConfig(), "mixtral-8x7b"),
+        (DeepseekV3Config(), "deepseek-v3"),
+        (GptOssConfig(), "gpt-oss-120b"),
+    ):
+        made.save_pretrained(tmp_path)
+        (tmp_path / "config.json").rename(tmp_path / f"{name}.json")
+        assert shape_of_file(tmp_path / f"{name}.json") == families()[name]
+
+
+def test_a_shape_may_be_written_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("layers = 2\nhidden = 64\nheads = 4\nkv_heads = 2\nhead_dim = 16\nffn = 256\nvocab = 1000\n")
+    assert work_of(shape_of_file(file), 128).dense_parameters == 2 * (64 * 16 * 12 + 3 * 64 * 256) + 2 * 64 * 1000
+    (tmp_path / "other.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="describes model_type 'mamba', whose layers have no shape"):
+        shape_of_file(tmp_path / "other.json")
+    (tmp_path / "part.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="has no 'num_attention_heads'"):
+        shape_of_file(tmp_path / "part.json")
 
 
 @pytest.mark.parametrize("preset", ["flash", "pro"])
