@@ -16,7 +16,7 @@ from fullweight.ops.cpu.swiglu import swiglu_rows
 from fullweight.ops.late import Late
 from fullweight.ops.native import call
 
-LARGE = 256  # rows of an expert from which they are rounded up to more
+LARGE = 512  # rows of an expert beyond which they are rounded up to more
 GROUP = 1024  # rows that pass through what is between products together, unless one expert has more
 
 
