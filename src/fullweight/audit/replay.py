@@ -44,15 +44,15 @@ TENSOR_BOUND = 0.3
 _LEAST_SHARE = 1e-2  # of the bound: what a tensor must contribute to be judged on its own
 
 
-def default_bound(config: dict[str, Any]) -> float:
+def default_bound(config: dict[str, Any], num_steps: int) -> float:
     """What is taken for rounding on another stack, of weights by effect, moments, losses and gradient norms.
 
-    `config` is the run's. docs/evidence.md has the measurements behind it.
+    `config` is the run's. In bf16 rounding grows with every step; docs/evidence.md has the measurements.
     """
     optimizer = config["optimizer"]
     rounds = config["train"]["precision"] == "bf16"
     rounds |= optimizer["name"] == "muon" and optimizer["muon"]["ns_dtype"] == "bfloat16"
-    return 1e-2 if rounds else 1e-3
+    return max(1e-2, 5e-3 * num_steps) if rounds else 1e-3
 
 
 class Verdict(StrEnum):
@@ -114,7 +114,7 @@ def _config(recorded: Recorded, means: Means) -> RunConfig:
 
 def _window(recorded: Recorded, window: Window, ranks: Ranks, means: Means, bound: float | None) -> ReplayResult:
     began, peers = time.perf_counter(), Peers()
-    bound = default_bound(recorded.manifest.config) if bound is None else bound
+    bound = default_bound(recorded.manifest.config, len(window.steps)) if bound is None else bound
     blank = ReplayResult(window, Verdict.refuted, "", bound)
     try:
         start, end = (_kept(recorded, step) for step in (window.start, window.stop))

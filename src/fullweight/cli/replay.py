@@ -35,7 +35,7 @@ def replay_command(
     threads: Annotated[int | None, typer.Option(min=1, help="threads of a rank (as recorded)")] = None,
     bound: Annotated[
         float | None,
-        typer.Option(min=0, help="relative distance that is rounding on another stack (1e-3; with bf16, 1e-2)"),
+        typer.Option(min=0, help="relative distance that is rounding elsewhere (1e-3; with bf16, 5e-3 a step)"),
     ] = None,
     scratch: Annotated[
         Path | None, typer.Option(help="where two states are written meanwhile (temporary)")
