@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fullweight.checkpoint import store
 from fullweight.checkpoint.manifest import Generation
+from fullweight.evidence.coverage import ROUTED
 
 _CHUNK = 1 << 22  # elements in float64 at a time
 
@@ -89,7 +90,8 @@ def distance(
     held = [store.contents(g) for g in (recorded, replayed, start)]
     place = {name: i for i, name in enumerate(order)}
     names = sorted(held[0].keys() | held[1].keys(), key=lambda n: (place.get(n, len(place)), n))
-    names = [n for n in names if not n.startswith("random.")]  # drawn from by nobody, and other ranks have others
+    # generators are drawn from by nobody, and other ranks have others; rounding may send a token to another expert
+    names = [n for n in names if not n.startswith("random.") and n != ROUTED]
     both = [n for n in names if held[0].get(n) == held[1].get(n)]
     origins = store.stream(start, begun := [n for n in both if held[2].get(n) == held[0][n]])
     gradients = store.stream(replayed, [g for n in both if (g := _gradient(n, held[1]))])

@@ -234,6 +234,20 @@ def _write_tensor(
         receipt.written.append({**_listed(writer, name, digest.hexdigest()), "origin": origin, **extra})
 
 
+def as_stored(output: Output, values: Tensor, first: int, source: SourceForm | None) -> Tensor:
+    """What a reader gets back of rows `values` (from row `first` on, which begins a block) written as `output`.
+
+    `values` are fp32 or int64. Raises CheckpointError on a value that the format has no code for.
+    """
+    if output.scale is None:
+        return values.to(DTYPES[output.storage])
+    encoded = _encode(output, output.name, values, first, first + len(values), source)
+    scales, decoded = encoded.scales.view(DTYPES[output.scale_dtype]), torch.empty(values.shape)
+    decode = fp4.decode if output.storage == "FP4" else fp8.decode
+    decode(encoded.codes, scales, decoded, output.name)
+    return decoded
+
+
 def _encode(
     output: Output, name: str, values: Tensor, first: int, last: int, source: SourceForm | None
 ) -> Encoded:

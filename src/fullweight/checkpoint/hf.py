@@ -33,6 +33,7 @@ __all__ = [
     "ExportFormat",
     "Slice",
     "export_checkpoint",
+    "fill_slices",
     "load_model",
     "load_slices",
     "load_weights",
@@ -109,7 +110,6 @@ def load_weights(model: DeepSeekV4, folder: str | Path, *, hashing: bool = False
     return load_slices(slices, folder, hashing=hashing)
 
 
-@torch.no_grad()
 def load_slices(slices: Mapping[str, Slice], folder: str | Path, *, hashing: bool = False) -> list[PartRead]:
     """Fill the given parts of our tensors (by our names) from a checkpoint folder, reading only what they need.
 
@@ -117,19 +117,25 @@ def load_slices(slices: Mapping[str, Slice], folder: str | Path, *, hashing: boo
     partly filled then.
     """
     with PublishedFolder(folder, hashing=hashing) as opened:
-        layout = _layout(opened)
-        unknown = sorted(slices.keys() - layout.keys())
-        if unknown:
-            raise CheckpointError(f"{folder} does not fit the model: missing {few(unknown)}")
-        for name, target in slices.items():
-            parts, shape = layout[name]
-            if target.shape != shape:
-                raise CheckpointError(f"{folder}: {name} has shape {list(shape)}, expected {list(target.shape)}")
-            for part in parts:
-                _fill(opened, part, target)
-            if name.endswith("tid2eid"):
-                _check_table(name, target.tensor, opened)
+        fill_slices(opened, slices)
         return opened.parts_read()
+
+
+@torch.no_grad()
+def fill_slices(opened: PublishedFolder, slices: Mapping[str, Slice]) -> None:
+    """The same from an open folder."""
+    layout = _layout(opened)
+    unknown = sorted(slices.keys() - layout.keys())
+    if unknown:
+        raise CheckpointError(f"{opened.path} does not fit the model: missing {few(unknown)}")
+    for name, target in slices.items():
+        parts, shape = layout[name]
+        if target.shape != shape:
+            raise CheckpointError(f"{opened.path}: {name} has shape {list(shape)}, expected {list(target.shape)}")
+        for part in parts:
+            _fill(opened, part, target)
+        if name.endswith("tid2eid"):
+            _check_table(name, target.tensor, opened)
 
 
 def _layout(opened: PublishedFolder) -> dict[str, tuple[list[Part], tuple[int, ...]]]:

@@ -20,6 +20,7 @@ from fullweight.cli.chat import chat_command
 from fullweight.cli.checkpoint import checkpoint_app
 from fullweight.cli.compare import compare_command
 from fullweight.cli.convert import convert_app
+from fullweight.cli.coverage import coverage_command
 from fullweight.cli.data import data_app
 from fullweight.cli.doctor import doctor_command
 from fullweight.cli.generate import generate_command
@@ -43,6 +44,7 @@ app.command("resume")(resume_command)
 app.command("replay")(replay_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
+app.command("coverage")(coverage_command)
 app.command("init")(init_command)
 app.command("compare")(compare_command)
 app.command("parity")(parity_command)

@@ -5,8 +5,8 @@ whole, in row-major order and little-endian; leaves come in the order of their n
 position (steps, tokens, place in the data, skips) as JSON with sorted keys. So a root can be computed from any
 library that reads the tensors, and it does not depend on files, shards or layout.
 
-The weights, the optimisers' state and the random generators also have a root each: a run that continued on more
-ranks has more generators, and the same weights.
+The weights, the optimisers' state, the counts of tokens and the random generators also have a root each: a run
+that continued on more ranks has more generators, and the same weights.
 
 A stored state is streamed; of a live one rank 0 reads the others' parts a tensor at a time.
 """
@@ -28,7 +28,7 @@ from fullweight.checkpoint.manifest import Generation
 from fullweight.checkpoint.peers import Peers
 from fullweight.evidence import merkle
 
-PARTS = ("model", "optimizer", "random")
+PARTS = ("coverage", "model", "optimizer", "random")
 """First part of a tensor's name in a training state."""
 
 

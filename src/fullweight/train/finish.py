@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: exported weights, pictures, one page, and answers before and after."""
+"""What a finished run leaves: exported weights, coverage, pictures, one page, and answers before and after."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from fullweight.checkpoint.generations import listed
+from fullweight.checkpoint.manifest import Generation, verify
+from fullweight.checkpoint.peers import Peers
 from fullweight.checkpoint.receipt import RECEIPT
 from fullweight.report.build import build_report
 from fullweight.train.assemble import Run
+from fullweight.train.coverage import AT_END_PARAMETERS, measure_run, write_coverage
 from fullweight.train.evaluate import Answer
 from fullweight.train.export import export
 from fullweight.train.progress import Reporter
@@ -23,12 +27,13 @@ _SHOWN_CHARACTERS = 160
 
 
 def finish(run: Run, records: Records) -> None:
-    """Export, record, draw, print; all ranks together."""
+    """Export, record, measure, draw, print; all ranks together."""
     export(run)
-    reporter = records.reporter
+    reporter, generation = records.reporter, _last(run)
     with run.ranks.main_first_failure():
         if run.ranks.is_main:
             _record_end(run, records)
+            _cover(run, generation, reporter)
             build_report(run.folder.root)
             _show_before_after(run.folder, run.config.eval.show, reporter)
             if run.config.export.enabled:
@@ -46,6 +51,29 @@ def _record_end(run: Run, records: Records) -> None:
         records.write("event", step, {"what": "export", "format": run.config.export.format, **found})
     records.write("event", step, {"what": "finish", "steps": step, "tokens": run.state.tokens})
     records.sync()
+
+
+def _last(run: Run) -> Generation | None:
+    """The newest checkpoint, verified, of a model that is small enough to be measured; all ranks together."""
+    peers = Peers()
+    saved = peers.on_main(lambda: listed(run.folder.checkpoints))
+    return verify(saved[-1][1], peers) if saved and run.parameters.total <= AT_END_PARAMETERS else None
+
+
+def _cover(run: Run, generation: Generation | None, reporter: Reporter) -> None:
+    """Measure which parameters trained, where that takes no longer than a person would wait."""
+    if generation is None:
+        reporter.say(f"what trained, tensor by tensor: fullweight coverage {run.folder.root}")
+        return
+    content = write_coverage(run.folder, measure_run(run.folder, generation=generation))
+    totals, changed = content["totals"], content["totals"]["changed_master"]
+    reporter.say(
+        f"coverage of step {content['step']}: {'unknown' if changed is None else f'{changed:,}'} of "
+        f"{totals['elements']:,} parameters changed; full-parameter: {content['claim']['full_parameter']}"
+    )
+    for finding in content["findings"]:
+        if finding["weight"] in ("refutes", "hides"):
+            reporter.say(f"{finding['code']}: {finding['text']}")
 
 
 def show_answers(count: int, answers: Sequence[Answer], reporter: Reporter) -> None:

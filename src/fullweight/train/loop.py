@@ -356,6 +356,8 @@ def take_step(run: Run) -> Taken:
     )
     state.step += 1
     state.tokens += result.num_tokens
+    if result.refusal is None:
+        state.count(result.expert_counts, result.token_counts)
     return Taken(result, batches, rate, phases.seconds)
 
 

@@ -8,7 +8,7 @@
     import.json         receipt of the weights it began   source/        how those were published: headers, scales
                         with, when from a checkpoint
     launch.json         which launch made the folder      stalls/        stacks of ranks that stood still
-    manifest.json       what the run began with
+    manifest.json       what the run began with           coverage.json  what trained, tensor by tensor
 
 A run starts only in a new or empty folder, so two runs never mix.
 """
@@ -94,6 +94,10 @@ class RunFolder:
         return self.root / "source"
 
     @property
+    def coverage(self) -> Path:
+        return self.root / "coverage.json"
+
+    @property
     def launch(self) -> Path:
         return self.root / "launch.json"
 
@@ -136,7 +140,8 @@ class RunFolder:
         if not self.ledger.is_file() or not self.ledger.stat().st_size:
             for path in (self.ledger, self.manifest):
                 path.unlink(missing_ok=True)
-        for path in (self.config, self.model, self.environment, self.imported, self.summary):
+        files = (self.config, self.model, self.environment, self.imported, self.summary, self.coverage)
+        for path in files:
             path.unlink(missing_ok=True)
             durable.temporary(path).unlink(missing_ok=True)
         folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.root / "plots")

@@ -1,7 +1,8 @@
 """The exact state of a run: what must come back bit for bit so that the next step is the one that followed.
 
 Tensors: fp32 master parameters and buffers (router biases, hash tables), the moments and counters of both
-optimisers, every rank's random generators. Position: steps and tokens done, place in the data, skipped steps in a
+optimisers, every rank's random generators, and how many tokens each expert and each row of the embedding got
+(`evidence/coverage.py`). Position: steps and tokens done, place in the data, skipped steps in a
 row. The learning rate is a function of step and configuration, and both are in the manifest; so are the settings
 of the optimisers, which a resumed run takes from its configuration and not from the checkpoint.
 
@@ -30,6 +31,7 @@ from fullweight.checkpoint.peers import Peers
 from fullweight.core.errors import CheckpointError
 from fullweight.data.loader import PackedLoader
 from fullweight.devices import of
+from fullweight.evidence.coverage import COUNTED_FROM, ROUTED, SEEN
 from fullweight.optim.groups import kind
 from fullweight.optim.offload import moment_like
 from fullweight.parallel.mesh import Ranks
@@ -50,7 +52,15 @@ class TrainState:
     seed: int
     step: int = 0
     tokens: int = 0  # real tokens trained on so far, all ranks
+    routed: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))  # [MoE layers, experts]
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [vocabulary]
+    counted_from: int = 0  # the step after which `routed` and `seen` count, on all ranks
     _spare_generators: dict[str, Tensor] = field(default_factory=dict)
+
+    def count(self, routed: Tensor, seen: Tensor) -> None:
+        """Take in the tokens, of all ranks, of a step that was applied."""
+        self.routed = self.routed + routed if self.routed.numel() else routed
+        self.seen = self.seen + seen if self.seen.numel() else seen
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, by name in order, not copied; sharded ones as DTensors."""
@@ -60,6 +70,8 @@ class TrainState:
                 state[f"{prefix}.{key}"] = value
         for device, generator in _generators(self.ranks.device).items():
             state[f"random.rank_{self.ranks.rank}.{device}"] = generator
+        if self.seen.numel():
+            state |= {ROUTED: self.routed, SEEN: self.seen}
         return dict(sorted((state | self._spare_generators).items()))
 
     def position(self) -> dict[str, Any]:
@@ -69,6 +81,7 @@ class TrainState:
             "tokens": self.tokens,
             "data": self.loader.state_dict(),
             "skips_in_a_row": self.guard.skips_in_a_row,
+            COUNTED_FROM: self.counted_from,
         }
 
     def restore(self, generation: Generation) -> None:
@@ -82,7 +95,9 @@ class TrainState:
         generators = self._room_for_generators(stored)
         weights = _weights(self.model)
         values = weights | {name: tensor for entry in moments.values() for name, tensor in entry.items()}
-        store.load(generation, values | generators, complete=("model", "optimizer"), peers=Peers())
+        counts = {n: torch.empty(stored[n].shape, dtype=torch.int64) for n in (ROUTED, SEEN) if n in stored}
+        everything = values | generators | counts
+        store.load(generation, everything, complete=("model", "optimizer", "coverage"), peers=Peers())
         set_model_state_dict(self.model, {n.removeprefix("model."): values[n] for n in weights})
         for prefix, optimizer, parameter in self._optimised():
             optimizer.state.pop(parameter, None)
@@ -92,6 +107,9 @@ class TrainState:
         self._restore_generators(generators, position["step"])
         self.step, self.tokens = position["step"], position["tokens"]
         self.guard.skips_in_a_row = position["skips_in_a_row"]
+        empty = torch.zeros(0, dtype=torch.int64)
+        self.routed, self.seen = counts.get(ROUTED, empty), counts.get(SEEN, empty)
+        self.counted_from = position.get(COUNTED_FROM, self.step)  # earlier states hold no counts
 
     def _optimised(self) -> Iterator[tuple[str, torch.optim.Optimizer, Tensor]]:
         """(prefix of the names of its state, optimiser, parameter)."""

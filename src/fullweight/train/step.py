@@ -81,9 +81,14 @@ class StepResult:
     document_lengths: tuple[int, ...]  # this rank's, without padding
     expert_counts: Tensor  # [MoE layers, experts] int64: as chosen
     num_dropped: int  # of those choices, the ones that found their expert at its capacity
-    num_unseen_embeddings: int  # vocabulary rows that no token of the step used
+    token_counts: Tensor  # [vocabulary] int64: real tokens of the step by their id
     without_gradient: tuple[str, ...]  # trainable parameters whose gradient is absent or exactly zero
     refusal: str | None  # why the weights were left alone
+
+    @property
+    def num_unseen_embeddings(self) -> int:
+        """Vocabulary rows that no token of the step used."""
+        return int((self.token_counts == 0).sum())
 
 
 @collector_paused()
@@ -139,7 +144,7 @@ def training_step(
         document_lengths=tuple(n for b in batches for n in real_lengths(b)),
         expert_counts=expert_counts.cpu(),
         num_dropped=int(dropped.sum()),
-        num_unseen_embeddings=_unseen_embeddings(model, batches, ranks),
+        token_counts=_token_counts(model, batches, ranks),
         without_gradient=without_gradient,
         refusal=refusal,
     )
@@ -211,9 +216,12 @@ def _without_gradient(model: nn.Module, norms: Sequence[Tensor], ranks: Ranks) -
     return tuple(name for name, flag in zip(names, reached.tolist(), strict=True) if not flag)
 
 
-def _unseen_embeddings(model: nn.Module, batches: Iterable[Batch], ranks: Ranks) -> int:
+def _token_counts(model: nn.Module, batches: Iterable[Batch], ranks: Ranks) -> Tensor:
+    """[vocabulary] int64: the real tokens of all ranks by their id."""
     vocabulary: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
-    seen = torch.zeros(vocabulary)
-    for batch in batches:
-        seen[batch.tokens[: batch.num_tokens - batch.layout.num_padding].cpu()] = 1.0
-    return int(vocabulary - ranks.reduce(seen, "max").sum().item())
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for batch in batches if ranks.counts_row else ():
+        counts += torch.bincount(
+            batch.tokens[: batch.num_tokens - batch.layout.num_padding].cpu(), minlength=vocabulary
+        )
+    return ranks.reduce(counts)

@@ -46,7 +46,7 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
         document_lengths=lengths,
         expert_counts=torch.ones(5, 8, dtype=torch.int64),
         num_dropped=5,
-        num_unseen_embeddings=3,
+        token_counts=torch.tensor([0, 5, 0, 2, 0, 150]),
         without_gradient=(),
         refusal=None,
     )
