@@ -1,30 +1,32 @@
 """What each pipeline rank holds in memory, by the categories of `fullweight rehearse`, without tracing anything.
 
-Parameters, optimiser, gradients and gathered weights follow from shapes and cuts (`shards.py`) and are exact. Kept
-activations are counted tensor by tensor: what a block of each kind keeps of a token for backward (`_kept`), times
-the micro-batches that the schedule holds at once. Temporaries and buffers of exchanges are what a block's backward
-pass needs beside that, in the operations that a rehearsal traces; they are estimates.
+Parameters, moments and gradients follow from shapes and cuts (`shards.py`). The rest is a replay of the step over
+sizes: blocks forward and backward (`passes.py`), FSDP's gathers and reductions (`sharding.py`), the schedule's
+order and what it holds (`rank.py`). Elements that are alike are replayed once; what repeats between layouts too.
 
-A rank's total is the largest of two moments, each the sum of what is there then: the backward pass of the dearest
-block, and the end of the step, when gradients are reduced. Categories that are reported alone are each at their
-own worst moment, as in a rehearsal's `most_by_category`. Uneven routing multiplies what experts receive by `skew`.
-Left out: what a chip's own kernels and libraries take (`Chip.usable_bytes` takes off what is assumed for them).
+Categories are each at their own worst moment, as in a rehearsal's `most_by_category`; the peak is the worst moment
+of all together. Uneven routing multiplies what experts receive by `skew`. Left out: what a chip's own kernels and
+libraries take (`Chip.usable_bytes` takes off what is assumed for them); a row is taken for one document.
 Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fullweight.models.deepseek_v4.config import CSA_RATIO, HCA_RATIO, DeepSeekV4Config, LayerKind
-from fullweight.models.deepseek_v4.parts import Part, parts_of
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.parts import parts_of
 from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.parallel.stages import balanced_layers, stages_of
-from fullweight.planner.shards import Sums, block_shapes, buffer_bytes, held, root_shapes, sums
+from fullweight.planner.elements import Around, Pass, block_pass, tail_pass
+from fullweight.planner.passes import Row
+from fullweight.planner.rank import Held, Step
+from fullweight.planner.sharding import NOTHING, Unit, unit_of
+from fullweight.planner.shards import Sums, block_shapes, buffer_bytes, held, muon_bytes, root_shapes, sums
+from fullweight.planner.tape import CATEGORIES
 
-_FP32, _BF16, _INT64 = 4, 2, 8
-_PIECE = 2**25  # bytes of gathered entries that sparse attention has at a time
+_FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,66 @@ class MemoryModel:
 
     def __init__(self, config: DeepSeekV4Config) -> None:
         self.config = config
-        self._blocks: dict[tuple[object, ...], Sums] = {}
+        self._blocks: dict[tuple[object, ...], tuple[Sums, Unit]] = {}
+        self._passes: dict[tuple[object, ...], Pass] = {}
         self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def of(self, parallel: ParallelConfig, layout: Layout, setting: Setting) -> Iterator[StageMemory]:
         """Every pipeline rank, in order, each counted when it is asked for."""
-        parts = parts_of(self.stages(parallel, setting.row_tokens))
         for rank in range(layout.pipeline):
-            mine = stages_of(rank, layout.pipeline, len(parts), parallel.schedule)
-            yield _rank_memory(self, parallel, layout, setting, rank, [parts[s] for s in mine])
+            yield self._rank(parallel, layout, setting, rank)
+
+    def _rank(self, parallel: ParallelConfig, layout: Layout, setting: Setting, rank: int) -> StageMemory:
+        config, adamw = self.config, setting.optimizer == "adamw"
+        parts = parts_of(self.stages(parallel, setting.row_tokens))
+        stages = stages_of(rank, layout.pipeline, len(parts), parallel.schedule)
+        mine = tuple(parts[stage] for stage in stages)
+        first, last = any(part.is_first for part in mine), any(part.is_last for part in mine)
+        layers = [layer for part in mine for layer in part.layers]
+        mtp = last and config.num_nextn_predict_layers > 0
+        everywhere = [*layers, *([config.num_hidden_layers] if mtp else [])]
+        blocks = [self.block(layout, layer, adamw) for layer in everywhere]
+        root = self.root(layout, first, last, adamw)
+        numbers = root[0].here + sum(b.here for b, _ in blocks)
+        moments = 0 if parallel.offload_optimizer else root[0].moments + sum(b.moments for b, _ in blocks)
+        moments += root[0].counted + sum(
+            b.counted for b, _ in blocks
+        )  # counters stay, and are as large as a number
+        units = {layer: unit for layer, (_, unit) in zip(everywhere, blocks, strict=True)}
+        behind = config.num_hidden_layers
+        every = tuple(units.get(layer, NOTHING) for layer in range(behind + 1))
+        parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
+        update = 0 if adamw else self._update(layout, everywhere, first, last)
+        have = Held(parameters, _FP32 * moments, update, _FP32 * numbers, root[1], every, mine, stages)
+        row = Row(setting.row_tokens, layout, setting.skew)
+        replay = Step(config, parallel, layout, row, setting.micro_batches, have, self._pass)
+        routed = sum(
+            b.routed_here * 2 + (0 if parallel.offload_optimizer else b.routed_moments) for b, _ in blocks
+        )
+        step = replay.profile()
+        return StageMemory(
+            rank, **dict(zip(CATEGORIES, step.most, strict=True)), peak=step.peak, routed_state=_FP32 * routed
+        )
+
+    def _update(self, layout: Layout, layers: list[int], first: bool, last: bool) -> int:
+        """Bytes that Muon takes while it works."""
+        shapes = [root_shapes(self.config, first, last), *[block_shapes(self.config, layer) for layer in layers]]
+        return muon_bytes([h for one in shapes for h in held(self.config, layout, one, adamw=False)])
+
+    def _pass(self, what: str, row: Row, which: int, around: Around) -> Pass:
+        """An element's profiles; layers of one kind share them."""
+        kind: object = which
+        if what == "block":
+            layer = which
+            kind = self.config.layer_kind(layer), self.config.is_hash_layer(layer)
+        slices = row.layout.context, row.layout.tensor, row.layout.expert
+        key = (what, kind, row.tokens, row.skew, slices, around)
+        if key not in self._passes:
+            if what == "block":
+                self._passes[key] = block_pass(self.config, row, which, around)
+            else:
+                self._passes[key] = tail_pass(self.config, row, around)
+        return self._passes[key]
 
     def stages(self, parallel: ParallelConfig, row_tokens: int) -> tuple[int, ...]:
         """Layers of each stage, balanced by cost where the recipe does not say."""
@@ -99,21 +152,23 @@ class MemoryModel:
             self._counts[key] = balanced_layers(self.config, *key)
         return self._counts[key]
 
-    def block(self, layout: Layout, layer: int, adamw: bool) -> Sums:
+    def block(self, layout: Layout, layer: int, adamw: bool) -> tuple[Sums, Unit]:
         """What the rank that holds most has of one block."""
         is_mtp = layer == self.config.num_hidden_layers
         kind = None if is_mtp else self.config.layer_kind(layer)
         key = (kind, layout.shard, layout.replicate, layout.context, layout.tensor, layout.expert, adamw)
         if key not in self._blocks:
-            self._blocks[key] = sums(held(self.config, layout, block_shapes(self.config, layer), adamw=adamw))
+            parameters = held(self.config, layout, block_shapes(self.config, layer), adamw=adamw)
+            self._blocks[key] = sums(parameters), unit_of(parameters, layout.expert > 1)
         return self._blocks[key]
 
-    def root(self, layout: Layout, first: bool, last: bool, adamw: bool) -> Sums:
+    def root(self, layout: Layout, first: bool, last: bool, adamw: bool) -> tuple[Sums, Unit]:
         """The same of what lies outside of all blocks."""
         key = (first, last, layout.shard, layout.replicate, layout.context, layout.tensor, adamw)
         if key not in self._blocks:
             shapes = root_shapes(self.config, first, last)
-            self._blocks[key] = sums(held(self.config, layout, shapes, adamw=adamw))
+            parameters = held(self.config, layout, shapes, adamw=adamw)
+            self._blocks[key] = sums(parameters), unit_of(parameters, dealt=False)
         return self._blocks[key]
 
 
@@ -122,217 +177,3 @@ def memory_of(
 ) -> list[StageMemory]:
     """Every pipeline rank of one layout, in order."""
     return list(MemoryModel(config).of(parallel, layout, setting))
-
-
-def in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> list[tuple[int, ...]]:
-    """Moments of the schedule: micro-batches whose activations each of the rank's stages holds at once.
-
-    >>> in_flight(ParallelConfig(pipeline=4), 1, 8), in_flight(ParallelConfig(pipeline=4), 1, 2)
-    ([(3,)], [(2,)])
-    """
-    ranks, virtual = parallel.pipeline, parallel.virtual_stages
-    if ranks == 1:
-        return [(1,)]
-    if virtual == 1:
-        return [(min(ranks - rank, micro_batches),)]
-    if parallel.schedule == "zbv":
-        return [(min(ranks * 2 - 1 - rank, micro_batches), min(rank + 1, micro_batches))]
-    # torch's interleaved schedules: rounds of micro-batches through all stages, then one forward for one backward
-    each_round = micro_batches // max(1, micro_batches // ranks)
-    total = virtual * micro_batches
-    warm_up = min((virtual - 1) * each_round + 2 * (ranks - 1 - rank), total)
-    now, moments = [0] * virtual, set()
-    for number in range(total):
-        now[number // each_round % virtual] += 1
-        moments.add(tuple(now))
-        if number >= warm_up:
-            now[virtual - 1 - (number - warm_up) // each_round % virtual] -= 1
-    return sorted(moments)
-
-
-def _rank_memory(
-    model: MemoryModel,
-    parallel: ParallelConfig,
-    layout: Layout,
-    setting: Setting,
-    rank: int,
-    parts: Sequence[Part],
-) -> StageMemory:
-    config, adamw = model.config, setting.optimizer == "adamw"
-    layers = [layer for part in parts for layer in part.layers]
-    first, last = any(part.is_first for part in parts), any(part.is_last for part in parts)
-    mtp = last and config.num_nextn_predict_layers > 0
-    everywhere = [*layers, *([config.num_hidden_layers] if mtp else [])]
-    blocks = [model.block(layout, layer, adamw) for layer in everywhere]
-    root = model.root(layout, first, last, adamw)
-    numbers = root.here + sum(b.here for b in blocks)
-    moments = 0 if parallel.offload_optimizer else root.moments + sum(b.moments for b in blocks)
-    whole = [_FP32 * b.gathered for b in blocks]
-    staged = layout.pipeline > 1 and parallel.reshard_after == "step"
-    gathered = _FP32 * root.gathered + (sum(whole) if staged else max(whole, default=0))
-    tokens = setting.row_tokens // layout.num_slices
-    kept = _activations(config, parallel, layout, setting, parts, rank, tokens)
-    attention, experts, table, head = _temporaries(
-        config, parallel, layout, setting, layers, mtp, tokens, first, last
-    )
-    block = max(attention, experts)
-    rows = _rows(config, layout, setting, tokens)
-    reduced = _FP32 * (root.gathered + blocks[0].gathered_alike)
-    if layout.pipeline > 1 and not staged:
-        reduced = _FP32 * 2 * root.gathered  # a micro-batch's gradient on its way beside the sum
-    exchanged = ((b.gathered_alike, b.gathered - b.gathered_alike) for b in blocks[: len(layers)])
-    largest = _FP32 * max(max(pair) for pair in exchanged)
-    payload = _payloads(parallel, rank) * tokens * (config.hc_mult + 1) * config.hidden_size * _BF16
-    buffers = max(reduced, largest + 3 * rows, rows + payload)
-    parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
-    gradients, optimizer = _FP32 * numbers, _FP32 * moments
-    own = gradients if setting.micro_batches > 1 else 0
-    if staged:
-        # stages add up micro-batches: whole gradients of what is gathered wait for the step's end
-        waiting = gathered
-        temporary = waiting + max(block, table, head)
-        own = gradients - _FP32 * (root.here_gathered + sum(b.here_gathered for b in blocks))
-        backward = temporary
-    else:
-        waiting = _FP32 * root.gathered
-        # a block's experts come first in backward and are reduced before its attention's gradients are made
-        made = _FP32 * max((b.gathered - b.gathered_routed for b in blocks[: len(layers)]), default=0)
-        of_head = table if waiting and last else 0
-        temporary = max(waiting, head, attention + made + of_head, experts + of_head)
-        backward = max(block, head)
-    backward += gathered + own + kept + 4 * rows + (payload // 2 if parallel.virtual_stages > 1 else 0)
-    reducing = gathered + waiting + gradients + buffers
-    routed = sum(b.routed_here * 2 + (0 if parallel.offload_optimizer else b.routed_moments) for b in blocks)
-    peak = parameters + optimizer + max(backward, reducing)
-    by_category = (parameters, optimizer, gradients, gathered, kept, buffers, temporary)
-    return StageMemory(rank, *by_category, peak, _FP32 * routed)
-
-
-def _activations(
-    config: DeepSeekV4Config,
-    parallel: ParallelConfig,
-    layout: Layout,
-    setting: Setting,
-    parts: Sequence[Part],
-    rank: int,
-    tokens: int,
-) -> int:
-    """Kept for backward by all micro-batches in flight."""
-    d, n = config.hidden_size, config.hc_mult
-    payload = n * d * _BF16 + (d * _BF16 if config.num_nextn_predict_layers else 0)
-    staged = layout.pipeline > 1
-    weights = []
-    for part in parts:
-        one = sum(_kept(config, parallel.recompute, layout, layer, setting.skew) for layer in part.layers)
-        one += payload if staged or part.is_first else 0.0  # what came in, or the embedding
-        one += 4 * 2 * config.qk_rope_head_dim + 48  # cosines and sines of both kinds; ids, positions, masks
-        if part.is_last:
-            one += _kept_behind(config, parallel.recompute, layout, setting.skew)
-        weights.append(one)
-    moments = in_flight(parallel, rank, setting.micro_batches)
-    total = max(sum(w * f for w, f in zip(weights, flight, strict=True)) for flight in moments)
-    if staged:
-        # a first stage's own output, or what has come for later micro-batches
-        ahead = min(3, setting.micro_batches - min(max(moments)) + 1)
-        if len(parts) == 1 and (parts[0].is_first or parts[0].is_last):
-            ahead = 0
-        waiting = ahead + (1 if parts[0].is_first else 0)
-        total += waiting * payload
-    # gradients of the head are made in forward, for both losses
-    heads = 2 * _FP32 * config.vocab_size * d if any(part.is_last for part in parts) else 0
-    return int(total * tokens + heads)
-
-
-def _kept(config: DeepSeekV4Config, policy: str, layout: Layout, layer: int, skew: float) -> float:
-    """Bytes that one main layer (or the MTP block's) keeps of each token of the rank's slice."""
-    d, n, k = config.hidden_size, config.hc_mult, config.num_experts_per_tok
-    streams = n * d * _BF16
-    is_mtp = layer == config.num_hidden_layers
-    kind = LayerKind.SLIDING if is_mtp else config.layer_kind(layer)
-    indices = (5 if layout.expert > 1 and policy == "full" else 2) * k * _INT64
-    if policy == "full":
-        return streams + indices + (16 if kind is LayerKind.CSA else 0)
-    c, heads, q, experts = config.head_dim, config.num_attention_heads, config.q_lora_rank, config.n_routed_experts
-    f, index, index_heads = config.moe_intermediate_size, config.index_head_dim, config.index_n_heads
-    maps = (2 + n) * n
-    attention: float = q * _BF16 + c * _BF16 + heads * c * _BF16 + config.o_groups * config.o_lora_rank * _BF16
-    attention += 2 * heads * _FP32 + 4 * _FP32
-    if layout.tensor > 1:
-        attention += layout.tensor * (q + c) * _BF16 + d * _BF16
-    if kind is LayerKind.CSA:
-        attention += 2 * 2 * c * _FP32 + c * (_FP32 + _BF16) / CSA_RATIO
-        attention += 2 * 2 * index * _FP32 + 2 * index * _FP32 / CSA_RATIO
-        attention += index_heads * index * _BF16 + index_heads * _FP32
-        attention += config.index_topk * _INT64 + 20
-        if layout.tensor > 1:
-            attention += config.index_topk * _INT64 * layout.tensor
-    elif kind is LayerKind.HCA:
-        attention += 2 * c * _FP32 + c * (_FP32 + _BF16) / HCA_RATIO
-    hyper = 2 * maps * _FP32 + 2 * n * n * _FP32 + 4 * n * _FP32 + 2 * _FP32
-    gate = 3 * experts * _FP32 + (0 if config.is_hash_layer(layer) else experts * _FP32) + k * 12 + 16
-    routed: float = indices + 4 * k
-    if policy == "none":
-        routed += k * 2 * f * _BF16 * skew + (k * (d * _BF16 + 64) * skew if layout.expert > 1 else 0)
-    shared = 2 * f * _BF16 + d * _BF16
-    return streams + attention + hyper + gate + routed + shared
-
-
-def _kept_behind(config: DeepSeekV4Config, policy: str, layout: Layout, skew: float) -> float:
-    """Bytes of each token that the heads and the MTP block keep."""
-    d, n = config.hidden_size, config.hc_mult
-    heads = 2 * d * _BF16
-    if not config.num_nextn_predict_layers:
-        return heads
-    return heads + 3 * d * _BF16 + n * d * _BF16 + _kept(config, policy, layout, config.num_hidden_layers, skew)
-
-
-def _temporaries(
-    config: DeepSeekV4Config,
-    parallel: ParallelConfig,
-    layout: Layout,
-    setting: Setting,
-    layers: Sequence[int],
-    mtp: bool,
-    tokens: int,
-    first: bool,
-    last: bool,
-) -> tuple[int, int, int, int]:
-    """Beside what was kept: in backward of attention, of experts, of the embedding, and in the head's forward."""
-    d, n, c, heads = config.hidden_size, config.hc_mult, config.head_dim, config.num_attention_heads
-    f, k = config.moe_intermediate_size, config.num_experts_per_tok
-    sparse = any(config.layer_kind(layer) is LayerKind.CSA for layer in layers)
-    behind = [config.num_hidden_layers] if mtp else []
-    made_again, routed_again = 0.0, 0.0
-    rows = k * 2 * f * _BF16 * setting.skew + (k * d * _BF16 * setting.skew if layout.expert > 1 else 0)
-    if parallel.recompute == "full":
-        routed_again = rows + (2 * f + d) * _BF16
-        made_again = (
-            max(_kept(config, "none", layout, i, setting.skew) for i in (*layers, *behind)) - n * d * _BF16
-        )
-    elif parallel.recompute == "selective":
-        made_again = routed_again = rows
-    pieces = 2 * min(tokens * layout.tensor * config.index_topk * c * _BF16, _PIECE) if sparse else 0
-    # experts come first in backward: what was made again for them is gone when attention's turn comes
-    attention = (made_again - routed_again + 6 * heads * c * _BF16) * tokens + pieces
-    routed = (made_again + 2 * heads * c * _BF16 + k * d * _BF16 * setting.skew) * tokens
-    # gradients of the block's experts before they join the sum over micro-batches
-    routed += _FP32 * 3 * d * f * config.n_routed_experts // layout.expert
-    streams = 2 * n * d * _BF16 * tokens
-    # a micro-batch's gradient of the embedding beside the sum; the head in the compute type, and parts of it
-    table = config.vocab_size * d * _FP32 if first else 0
-    head = 3 * config.vocab_size * d * _BF16 if last else 0
-    return int(streams + attention), int(streams + routed), table, head
-
-
-def _payloads(parallel: ParallelConfig, rank: int) -> int:
-    """Stage inputs and their gradients that have buffers at once: as many as rehearsals showed."""
-    if parallel.virtual_stages == 1:
-        return 2 if rank > 0 else 0
-    return (4 if rank > 0 else 2) * parallel.virtual_stages
-
-
-def _rows(config: DeepSeekV4Config, layout: Layout, setting: Setting, tokens: int) -> int:
-    """Rows that a rank's experts get, in the compute type."""
-    if layout.expert == 1:
-        return 0
-    return int(config.num_experts_per_tok * tokens * config.hidden_size * _BF16 * setting.skew)

@@ -29,6 +29,7 @@ from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import StepTime, parts_of, step_time
 from fullweight.planner.job import Job
 from fullweight.planner.memory import MemoryModel, Setting, StageMemory, num_groups
+from fullweight.planner.screen import CLOSE, SMALL, screened
 from fullweight.planner.shapes import Work, work_of_v4
 
 
@@ -178,10 +179,19 @@ class Planner:
 
     def ranks(self, candidate: Candidate) -> Iterator[StageMemory]:
         """Memory of its pipeline ranks, in order, each counted when it is asked for."""
+        return self.memory.of(candidate.parallel, candidate.layout, self.setting(candidate))
+
+    def screened(self, candidate: Candidate) -> Iterator[StageMemory]:
+        """A quick look at the same, if the model is not small."""
+        if self.request.config.hidden_size < SMALL:
+            return self.ranks(candidate)
+        return screened(self.memory, candidate.parallel, candidate.layout, self.setting(candidate))
+
+    def setting(self, candidate: Candidate) -> Setting:
+        """What decides memory beside model and layout."""
         request, documents = self.request, candidate.documents
         rows = request.global_batch // documents // candidate.layout.data_size
-        setting = Setting(request.sequence * documents, rows, request.optimizer, candidate.job.expert_skew)
-        return self.memory.of(candidate.parallel, candidate.layout, setting)
+        return Setting(request.sequence * documents, rows, request.optimizer, candidate.job.expert_skew)
 
     def usable(self, layout: Layout) -> int:
         """Bytes of a rank that its process groups leave."""
@@ -226,10 +236,10 @@ class _Queue:
         heapq.heappush(self._heap, (seconds, next(self._numbers), then))
 
     def _asked(self, candidate: Candidate) -> Candidate | None:
-        """The candidate with its memory; None where a rank is far too full, which ends the count."""
+        """The candidate with its memory at a quick look; None where a rank is far too full, which ends it."""
         self.num_asked += 1
         usable, stages = self._planner.usable(candidate.layout), []
-        for stage in self._planner.ranks(candidate):
+        for stage in self._planner.screened(candidate):
             stages.append(stage)
             if stage.peak > _A_LITTLE * usable:
                 break
@@ -276,8 +286,18 @@ class _Queue:
     def _ask(self, candidate: Candidate, moves: int) -> Candidate | None:
         """The layout if it fits; else one with a layer moved is queued."""
         known = self._asked(candidate)
-        if known is None or known.fits:
-            return known
+        if known is None:
+            return None
+        if known.fullest.peak <= CLOSE * known.usable:
+            stages = []
+            for stage in self._planner.ranks(known):  # up to the first that is too full
+                stages.append(stage)
+                if stage.peak > known.usable:
+                    break
+            if len(stages) == len(known.memory):
+                counted = replace(known, memory=tuple(stages))
+                if counted.fits:
+                    return counted
         self._move_a_layer(known, moves)
         return None
 

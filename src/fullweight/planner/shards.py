@@ -18,6 +18,7 @@ from fullweight.models.deepseek_v4.sharding import cut_of
 from fullweight.parallel.config import Layout
 
 _FP32 = 4
+_CHUNK_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,21 @@ class Held:
     name: str
     here: int
     whole: int  # of what this rank computes with: its experts, its heads
-    muon: bool
+    matrix: tuple[int, int]  # one of those that Muon makes orthogonal; (0, 0) under AdamW
     routed: bool
     own_axis: bool  # dealt over expert or tensor ranks first
     gathered: bool  # FSDP has it: others hold a part or a copy of it
+    sharers: int  # ranks that it is cut over
+    by_rows: bool  # along its second dimension
+
+    @property
+    def padded(self) -> int:
+        """Whole, as it is exchanged: every rank's part is as large as the largest."""
+        return self.whole if self.by_rows else self.here * self.sharers
+
+    @property
+    def muon(self) -> bool:
+        return self.matrix != (0, 0)
 
     @property
     def moments(self) -> int:
@@ -50,6 +62,7 @@ class Sums:
     here_gathered: int  # the rank's own parts of those
     routed_here: int
     routed_moments: int
+    counted: int  # parameters with a counter of AdamW's steps
 
 
 def sums(parameters: Sequence[Held]) -> Sums:
@@ -63,6 +76,7 @@ def sums(parameters: Sequence[Held]) -> Sums:
         here_gathered=sum(h.here for h in parameters if h.gathered),
         routed_here=sum(h.here for h in parameters if h.routed),
         routed_moments=sum(h.moments for h in parameters if h.routed),
+        counted=sum(not h.muon for h in parameters),
     )
 
 
@@ -146,13 +160,32 @@ def _held(config: DeepSeekV4Config, layout: Layout, name: str, shape: Sequence[i
         sharers = layout.shard * layout.context
     whole = prod(sizes)
     routed = cut is not None and cut.axis == "expert"
-    if routed and adamw and sizes[0] % sharers and sizes[1] % sharers == 0:
+    by_rows = bool(routed and adamw and sizes[0] % sharers and sizes[1] % sharers == 0)
+    if by_rows:
         here = whole // sharers
     else:
         here = ceil(sizes[0] / sharers) * prod(sizes[1:])
-    muon = not adamw and parameter_role(name, config).optimizer == "muon"
+    role = parameter_role(name, config)
+    matrix = (0, 0)
+    if not adamw and role.optimizer == "muon":
+        matrix = prod(shape) // shape[-1] // role.num_matrices, shape[-1]
     own_axis = (routed and layout.expert > 1) or (cut is not None and not routed and layout.tensor > 1)
-    return Held(name, here, whole, muon, routed, own_axis, sharers * layout.replicate > 1)
+    copied = sharers * layout.replicate > 1
+    return Held(name, here, whole, matrix, routed, own_axis, copied, sharers, by_rows)
+
+
+def muon_bytes(parameters: Sequence[Held]) -> int:
+    """Most that Muon takes while it works: matrices of one shape together, in fp32 twice and in BF16.
+
+    As many as it takes at once, or one that is larger (`optim/muon.py`). Left out: what travels of matrices that
+    are cut.
+    """
+    entries: dict[tuple[int, int], int] = {}
+    for held in parameters:
+        if held.muon:
+            entries[held.matrix] = entries.get(held.matrix, 0) + held.here
+    most = (min(count, max(_CHUNK_ENTRIES, prod(matrix))) for matrix, count in entries.items())
+    return 10 * max(most, default=0)
 
 
 def buffer_bytes(config: DeepSeekV4Config, layers: Sequence[int]) -> int:

@@ -1,0 +1,446 @@
+"""Record what rehearsals say of many layouts, and set the planner's memory beside it.
+
+    python benchmarks/rehearsals.py                 # trace every layout that is not recorded: about 25 minutes
+    python benchmarks/rehearsals.py tiny_fsdp ...   # trace these again
+    python benchmarks/rehearsals.py --table         # write docs/plan_memory.md from the recordings: seconds
+
+Recordings are in tests/unit/planner/rehearsed.json, where tests/unit/planner/test_memory.py holds the planner to
+them. Each has the command that says the same. One role is traced at a time, on one thread, in a process of its
+own; a role of Pro takes up to a minute of a free core. The planner's model was made beside the layouts that are
+not marked `held_out`; those were traced when it was done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.parallel.config import ParallelConfig
+from fullweight.planner.chips import chip
+from fullweight.planner.memory import Setting, StageMemory, memory_of
+from fullweight.planner.tape import CATEGORIES
+from fullweight.rehearse.result import RoleResult
+from fullweight.rehearse.routing import Routing
+from fullweight.rehearse.run import rehearse
+from fullweight.train.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "tests" / "unit" / "planner" / "rehearsed.json"
+TABLE = ROOT / "docs" / "plan_memory.md"
+FLASH, PRO = "recipes/v4_flash_sft_910c_128.toml", "recipes/v4_pro_sft_910c_1024.toml"
+TINY, SMALL = "recipes/tiny_smoke.toml", "recipes/small_sft_or.toml"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe on so many ranks with some settings changed; `roles` are traced, all where there are none."""
+
+    recipe: str
+    ranks: int
+    settings: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    held_out: bool = False
+
+    def command(self) -> str:
+        changes = "".join(f' --set "{setting}"' for setting in self.settings)
+        return f"fullweight rehearse {self.recipe} --ranks {self.ranks}{changes}"
+
+
+CASES = {
+    "tiny_fsdp": Case(TINY, 2, ("optimizer.name='adamw'", "train.rows_per_step=4"), ()),
+    "tiny_experts": Case(TINY, 4, ("optimizer.name='adamw'", "train.rows_per_step=4", "parallel.expert=4"), ()),
+    "tiny_hsdp": Case(
+        TINY,
+        4,
+        (
+            "optimizer.name='adamw'",
+            "train.rows_per_step=8",
+            "parallel.replicate=2",
+            "parallel.expert=2",
+            "parallel.recompute='selective'",
+        ),
+        (),
+    ),
+    "tiny_pipeline": Case(TINY, 2, ("optimizer.name='adamw'", "train.rows_per_step=6", "parallel.pipeline=2"), ()),
+    "tiny_interleaved": Case(
+        TINY,
+        4,
+        (
+            "optimizer.name='adamw'",
+            "train.rows_per_step=8",
+            "parallel.pipeline=2",
+            "parallel.expert=2",
+            "parallel.schedule='interleaved'",
+            "parallel.virtual_stages=2",
+            "parallel.recompute='full'",
+        ),
+        (),
+    ),
+    "tiny_zbv": Case(
+        TINY,
+        2,
+        (
+            "optimizer.name='adamw'",
+            "train.rows_per_step=6",
+            "parallel.pipeline=2",
+            "parallel.schedule='zbv'",
+            "parallel.virtual_stages=2",
+        ),
+        (),
+    ),
+    "tiny_zero_bubble": Case(
+        TINY,
+        2,
+        (
+            "optimizer.name='adamw'",
+            "train.rows_per_step=6",
+            "parallel.pipeline=2",
+            "parallel.schedule='zero_bubble'",
+            "parallel.virtual_stages=2",
+        ),
+        (),
+    ),
+    "tiny_slices": Case(
+        TINY,
+        4,
+        (
+            "optimizer.name='adamw'",
+            "data.row_tokens=1024",
+            "train.rows_per_step=2",
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.expert=4",
+            "parallel.recompute='full'",
+        ),
+        (),
+    ),
+    "tiny_offload": Case(
+        TINY,
+        2,
+        (
+            "optimizer.name='adamw'",
+            "data.row_tokens=512",
+            "train.rows_per_step=2",
+            "parallel.offload_optimizer=true",
+        ),
+        (),
+    ),
+    "tiny_muon": Case(TINY, 1, ("train.rows_per_step=2",), ()),
+    "tiny_reshard": Case(
+        TINY,
+        4,
+        (
+            "optimizer.name='adamw'",
+            "train.rows_per_step=8",
+            "parallel.pipeline=2",
+            "parallel.reshard_after='micro_batch'",
+        ),
+        (),
+    ),
+    "flash_910c_128": Case(FLASH, 128, (), ("stage 0", "stage 1", "stage 3")),
+    "flash_h100_64": Case("recipes/v4_flash_sft_h100_64.toml", 64, (), ()),
+    "flash_h200_64": Case("recipes/v4_flash_sft_h200_64.toml", 64, (), ()),
+    "flash_none": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=1",
+            "parallel.stage_layers=[]",
+            "parallel.expert=64",
+            "parallel.recompute='none'",
+            "data.row_tokens=4096",
+        ),
+        (),
+    ),
+    "flash_hsdp": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=1",
+            "parallel.stage_layers=[]",
+            "parallel.expert=64",
+            "parallel.replicate=2",
+            "parallel.recompute='full'",
+            "parallel.offload_optimizer=false",
+        ),
+        (),
+    ),
+    "flash_tensor_selective": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=1",
+            "parallel.stage_layers=[]",
+            "parallel.tensor=2",
+            "parallel.expert=128",
+            "parallel.recompute='selective'",
+            "data.row_tokens=4096",
+        ),
+        (),
+    ),
+    "flash_slices": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=1",
+            "parallel.stage_layers=[]",
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.expert=128",
+            "parallel.recompute='selective'",
+            "parallel.offload_optimizer=false",
+            "train.rows_per_step=64",
+        ),
+        ("all ranks, last slice",),
+    ),
+    "flash_interleaved": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=2",
+            "parallel.stage_layers=[]",
+            "parallel.expert=64",
+            "parallel.schedule='interleaved'",
+            "parallel.virtual_stages=2",
+            "train.rows_per_step=256",
+            "data.row_tokens=4096",
+        ),
+        (),
+    ),
+    "flash_zbv": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=4",
+            "parallel.stage_layers=[]",
+            "parallel.schedule='zbv'",
+            "parallel.virtual_stages=2",
+            "train.rows_per_step=192",
+            "data.row_tokens=4096",
+        ),
+        ("stage 0", "stage 3"),
+    ),
+    "flash_pipeline8": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=8",
+            "parallel.stage_layers=[]",
+            "parallel.expert=16",
+            "parallel.recompute='selective'",
+            "data.row_tokens=2048",
+            "train.rows_per_step=160",
+        ),
+        ("stage 0", "stage 3", "stage 7"),
+    ),
+    "pro_910c_512": Case("recipes/v4_pro_sft_910c_512.toml", 512, (), ("stage 0", "stage 7")),
+    "pro_910c_1024": Case(PRO, 1024, (), ("stage 0", "stage 3", "stage 7")),
+    "pro_910c_2048": Case("recipes/v4_pro_sft_910c_2048.toml", 2048, (), ()),
+    "pro_context_910c_1024": Case(
+        "recipes/v4_pro_sft_context_910c_1024.toml", 1024, (), ("all ranks, last slice",)
+    ),
+    "pro_h100_256": Case("recipes/v4_pro_sft_h100_256.toml", 256, (), ()),
+    "pro_h100_512": Case("recipes/v4_pro_sft_h100_512.toml", 512, (), ()),
+    "pro_reshard": Case(
+        PRO,
+        1024,
+        (
+            "parallel.pipeline=2",
+            "parallel.stage_layers=[]",
+            "parallel.reshard_after='micro_batch'",
+            "parallel.context=2",
+            "parallel.tensor=4",
+            "parallel.recompute='none'",
+            "parallel.offload_optimizer=false",
+        ),
+        ("stage 0, first slice", "stage 1, last slice"),
+    ),
+    "small_odd_pipeline3": Case(
+        SMALL,
+        3,
+        (
+            "data.row_tokens=1024",
+            "model.changes={vocab_size=4096,index_topk=24,head_dim=80,num_attention_heads=6,o_groups=3,o_lora_rank=44,q_lora_rank=104,index_n_heads=5,index_head_dim=36,moe_intermediate_size=208,n_routed_experts=12,num_experts_per_tok=3}",
+            "tokenizer={vocab_size=448}",
+            "optimizer.name='adamw'",
+            "train.rows_per_step=5",
+            "parallel.pipeline=3",
+        ),
+        (),
+        held_out=True,
+    ),
+    "tiny_hsdp_tensor": Case(
+        TINY,
+        8,
+        (
+            "optimizer.name='adamw'",
+            "data.row_tokens=512",
+            "train.rows_per_step=8",
+            "parallel.replicate=2",
+            "parallel.tensor=2",
+            "parallel.expert=2",
+            "parallel.recompute='selective'",
+        ),
+        (),
+        held_out=True,
+    ),
+    "flash_context_hsdp": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=1",
+            "parallel.stage_layers=[]",
+            "parallel.context=2",
+            "parallel.replicate=2",
+            "parallel.expert=32",
+            "parallel.recompute='full'",
+            "data.row_tokens=8192",
+        ),
+        ("all ranks, last slice",),
+        held_out=True,
+    ),
+    "flash_zero_bubble": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=2",
+            "parallel.stage_layers=[]",
+            "parallel.virtual_stages=2",
+            "parallel.schedule='zero_bubble'",
+            "parallel.tensor=2",
+            "parallel.expert=32",
+            "data.row_tokens=4096",
+            "train.rows_per_step=128",
+        ),
+        ("stage 0", "stage 1"),
+        held_out=True,
+    ),
+    "pro_reshard4": Case(
+        PRO,
+        1024,
+        ("parallel.pipeline=4", "parallel.stage_layers=[]", "parallel.reshard_after='micro_batch'"),
+        ("stage 0", "stage 1", "stage 3"),
+        held_out=True,
+    ),
+    "pro_interleaved": Case(
+        PRO,
+        1024,
+        (
+            "parallel.pipeline=4",
+            "parallel.stage_layers=[]",
+            "parallel.schedule='interleaved'",
+            "parallel.virtual_stages=2",
+            "parallel.recompute='selective'",
+            "train.rows_per_step=512",
+            "parallel.expert=64",
+        ),
+        ("stage 1",),
+        held_out=True,
+    ),
+}
+
+
+def record(name: str) -> dict[str, Any]:
+    """Trace the roles of a case."""
+    case = CASES[name]
+    config = RunConfig.from_toml(ROOT / case.recipe, list(case.settings))
+    found = rehearse(config, case.recipe, case.ranks, chip("h100"), Routing(), roles=case.roles)
+    return recorded(name, config, found.roles)
+
+
+def recorded(name: str, config: RunConfig, roles: Sequence[RoleResult]) -> dict[str, Any]:
+    """What is kept of a rehearsal: all that the planner has to be asked, and the answers."""
+    case = CASES[name]
+    layout = config.layout(case.ranks)
+    return {
+        "name": name,
+        "held_out": case.held_out,
+        "command": case.command(),
+        "model": config.model.model_dump(mode="json", include={"preset", "changes"}),
+        "row_tokens": config.data.row_tokens,
+        "optimizer": config.optimizer.name,
+        "parallel": config.parallel.model_dump(mode="json", exclude_defaults=True),
+        "ranks": case.ranks,
+        "rows_per_step": config.train.rows_per_step,
+        "micro_batches": config.train.rows_per_step // layout.data_size,
+        "roles": [
+            {
+                "role": role.role,
+                "pipeline": role.coordinates["pipeline"],
+                "peak_bytes": role.peak_bytes,
+                "most_by_category": role.most_by_category,
+            }
+            for role in roles
+        ],
+    }
+
+
+def write(found: dict[str, dict[str, Any]]) -> None:
+    """In the order of the cases."""
+    RECORDS.write_text(json.dumps([found[n] for n in CASES if n in found], indent=1) + "\n", encoding="utf-8")
+
+
+def planned(record: dict[str, Any]) -> list[StageMemory]:
+    """What the planner says of a recorded layout."""
+    config = DeepSeekV4Config.preset(record["model"]["preset"], **record["model"]["changes"])
+    parallel = ParallelConfig.model_validate(record["parallel"])
+    layout = parallel.layout(record["ranks"], config, record["row_tokens"], record["rows_per_step"])
+    setting = Setting(record["row_tokens"], record["micro_batches"], record["optimizer"])
+    return memory_of(config, parallel, layout, setting)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Every category of every recorded role, as the planner has it and as it was rehearsed."""
+    lines = [
+        "# The planner's memory beside rehearsals",
+        "",
+        "Written by `python benchmarks/rehearsals.py --table` from `tests/unit/planner/rehearsed.json`, which has",
+        "the command of each layout. GiB, each category at its own worst moment; errors are of the rehearsed.",
+        "Layouts marked * were traced when the model was done.",
+        "",
+        "| layout | role | category | planned | rehearsed | error |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for name, one in found.items():
+        stages = planned(one)
+        for role in one["roles"]:
+            stage = stages[role["pipeline"]]
+            for category in (*CATEGORIES, "peak"):
+                said = role["peak_bytes"] if category == "peak" else role["most_by_category"][category]
+                mine = getattr(stage, category)
+                if not mine and not said:
+                    continue
+                error = f"{(mine - said) / said:+.1%}" if said else "-"
+                mark = "*" if one["held_out"] else ""
+                sizes = f"{mine / 2**30:.6g} | {said / 2**30:.6g}"
+                lines.append(f"| {name}{mark} | {role['role']} | {category} | {sizes} | {error} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Returns the exit status."""
+    arguments = sys.argv[1:]
+    found = {one["name"]: one for one in json.loads(RECORDS.read_text())} if RECORDS.exists() else {}
+    if arguments == ["--table"]:
+        TABLE.write_text(table({n: found[n] for n in CASES if n in found}), encoding="utf-8")
+        return 0
+    unknown = [name for name in arguments if name not in CASES]
+    if unknown:
+        print(f"no layout {', '.join(unknown)}; there are {', '.join(CASES)}")
+        return 1
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many partial sums of a weight's gradient
+    for name in arguments or [name for name in CASES if name not in found]:
+        found[name] = record(name)
+        write(found)
+        print(f"{name}: {len(found[name]['roles'])} role(s)", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
