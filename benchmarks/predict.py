@@ -1,8 +1,8 @@
 """Freeze what the planner predicts for the shipped recipes, so that a first real run can judge it.
 
-`python benchmarks/predict.py` writes `benchmarks/predictions/DATE.json`: for every recipe of a large model the
-step time with its interval, MFU and memory by pipeline rank, beside the coefficients, and a SHA-256 over all of
-it. A file that is there is never written again: a better model gets a new date.
+`python benchmarks/predict.py` writes `benchmarks/predictions/DATE.json`, or `DATE-2.json` and so on: for every
+recipe of a large model the step time with its interval, MFU and memory by pipeline rank, beside the coefficients,
+the commit, and a SHA-256 over all of it. A file that is there is never written again: a better model has its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -57,18 +58,27 @@ def predict(recipe: Path) -> dict[str, Any] | None:
     }
 
 
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ("git", *arguments), cwd=_ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def main() -> int:
-    """Write today's file; returns the exit status."""
-    today = datetime.now(UTC).date().isoformat()
-    target = _ROOT / "benchmarks" / "predictions" / f"{today}.json"
-    if target.exists():
-        print(f"{target} is there and stays as it is")
+    """Write the next file of today; returns the exit status."""
+    if changed := _git("status", "--porcelain", "src", "recipes"):
+        print(f"commit these first, so that the prediction has a commit:\n{changed}")
         return 1
+    today = datetime.now(UTC).date().isoformat()
+    folder, number = _ROOT / "benchmarks" / "predictions", 1
+    while (target := folder / (f"{today}.json" if number == 1 else f"{today}-{number}.json")).exists():
+        number += 1
     recipes = sorted((_ROOT / "recipes").glob("v4_*.toml"))
     body = {
         "date": today,
+        "commit": _git("rev-parse", "HEAD"),
         "convention": CONVENTION,
-        "interval": "80 % of published routed runs that the model had not seen",
+        "interval": "80 % of published routed runs that the model had not seen, wider where a part has no basis",
         "coefficients": asdict(calibration().coefficients),
         "predictions": [found for recipe in recipes if (found := predict(recipe)) is not None],
     }
