@@ -30,7 +30,9 @@ from fullweight.cli.plan import plan_command
 from fullweight.cli.rehearse import rehearse_command
 from fullweight.cli.replay import replay_command
 from fullweight.cli.resume import resume_command
+from fullweight.cli.seal import seal_command
 from fullweight.cli.train import INTERRUPTED, train_command
+from fullweight.cli.verify import verify_command
 from fullweight.core.errors import FullweightError, ToldError
 from fullweight.core.launcher import failure_text, outside, tell_launcher
 
@@ -51,6 +53,8 @@ app.command("parity")(parity_command)
 app.command("plan")(plan_command)
 app.command("rehearse")(rehearse_command)
 app.command("doctor")(doctor_command)
+app.command("seal")(seal_command)
+app.command("verify")(verify_command)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(convert_app, name="convert")

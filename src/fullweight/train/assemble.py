@@ -147,7 +147,7 @@ def assemble(config: RunConfig, folder: RunFolder, ranks: Ranks, tokenizer_folde
     parts = parts_of(plan, config, ranks)
     model = parts.model
     imported = fill(model, config) if tokenizer_folder is None else None  # a resumed run's state follows
-    questions = _questions(config, loader.held_out_samples(), tokenizer)
+    questions = questions_of(config, loader.held_out_samples(), tokenizer)
     if questions:
         check_room_for_copy(model, ranks)
     given = config.train.peak_flops_per_second
@@ -227,7 +227,7 @@ def _check_samples(config: RunConfig) -> None:
             config.method.check_sample(record.sample, record.where)
 
 
-def _questions(config: RunConfig, samples: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Question]:
+def questions_of(config: RunConfig, samples: list[dict[str, Any]], tokenizer: Tokenizer) -> list[Question]:
     """The first held-out conversations, each up to its last answer."""
     if not config.method.generates:
         return []

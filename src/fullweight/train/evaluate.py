@@ -103,13 +103,17 @@ def held_out_loss(
 def asked(loader: PackedLoader, questions: Sequence[Question]) -> dict[str, Any]:
     """For the ledger: which samples an evaluation is of, by the digest of their ids in order, and how many."""
     held_out = loader.prepared.held_out.ids
-    ids = sorted({*held_out, *(str(question.sample.get("id", "")) for question in questions)})
-    text = json.dumps(ids, separators=(",", ":"))
     return {
-        "samples": hashlib.sha256(text.encode()).hexdigest(),
+        "samples": samples_digest(held_out, questions),
         "num_samples": len(held_out),
         "num_questions": len(questions),
     }
+
+
+def samples_digest(held_out: Sequence[str], questions: Sequence[Question]) -> str:
+    """SHA-256 over the ids of held-out samples and questions, sorted, as JSON."""
+    ids = sorted({*held_out, *(str(question.sample.get("id", "")) for question in questions)})
+    return hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
 
 
 def answer_questions(

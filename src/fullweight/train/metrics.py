@@ -21,7 +21,7 @@ from torch import Tensor
 from fullweight.core.types import Batch
 from fullweight.devices import of, separate
 from fullweight.devices.power import PowerMeter
-from fullweight.models.deepseek_v4.flops import choice_flops, training_flops
+from fullweight.models.deepseek_v4.flops import Pairs, choice_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 from fullweight.parallel.mesh import Ranks
 from fullweight.train import fed
@@ -34,6 +34,9 @@ FROZEN_FLOPS_CONVENTION = (
     "exact sparse model FLOPs, forward, and backward of trained indexers alone: with other parameters frozen in "
     "part a lower bound; no recompute, no padding; wall time"
 )
+
+
+_PAIRS = ("window", "csa_selected", "csa_visible", "hca")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,12 @@ def hexed(losses: dict[str, float], total: float) -> dict[str, str]:
         return {name: np.array(v, ">f4").tobytes().hex() for name, v in {**losses, "total": total}.items()}
 
 
+def _pairs(model: DeepSeekV4, document_lengths: Sequence[int]) -> Tensor:
+    """What FLOPs depend on beside tokens, so that anybody can count them again from the ledger."""
+    found = Pairs.of(model.config, document_lengths)
+    return torch.tensor([float(getattr(found, name)) for name in _PAIRS], dtype=torch.float64)
+
+
 def _power(device: torch.device, meter: PowerMeter) -> Tensor:
     """[watts, whether they are unknown], so that ranks add up: ranks of a machine share the host's counters."""
     if not separate(device) and int(os.environ.get("LOCAL_RANK", "0")) > 0:
@@ -142,7 +151,8 @@ def step_record(
     parameters = ParameterCount.of(model)
     own = model_flops(model, result.document_lengths) if ranks.counts_row else 0
     own_flops = torch.tensor([float(own)], dtype=torch.float64)
-    added = ranks.reduce(torch.cat((own_flops, _power(ranks.device, power), fed.shares(batches, ranks))))
+    pairs = _pairs(model, result.document_lengths) * float(ranks.counts_row)
+    added = ranks.reduce(torch.cat((own_flops, _power(ranks.device, power), pairs, fed.shares(batches, ranks))))
     flops, watts, unknown = added[:3].tolist()
     # forward alone where parameters are frozen, as in `model_flops`
     flops -= result.num_dropped * choice_flops(model.config) * (3 if parameters.all_trained else 1)
@@ -151,7 +161,12 @@ def step_record(
         "loss": result.losses,
         "total_loss": result.total_loss,
         "loss_hex": hexed(result.losses, result.total_loss),
-        "batch": {**asdict(fed.combined(added[3:])), "epoch": position["epoch"], "row": position["row"]},
+        "batch": {
+            **asdict(fed.combined(added[3 + len(_PAIRS) :])),
+            "epoch": position["epoch"],
+            "row": position["row"],
+            "pairs": dict(zip(_PAIRS, map(int, added[3 : 3 + len(_PAIRS)].tolist()), strict=True)),
+        },
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate,
         "tokens": {"real": result.num_tokens, "padding": result.num_padding, "trained": result.num_trained},

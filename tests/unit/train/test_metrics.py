@@ -82,7 +82,14 @@ def test_mfu_is_model_flops_over_wall_time_and_peak() -> None:
     content = np.arange(4, dtype="<i8").tobytes() + np.ones(4, dtype="<f4").tobytes() + b"[2,2]"
     both = hashlib.sha256(content).digest() * 2
     expected = {"digest": hashlib.sha256(both).hexdigest(), "rows": 2, "samples": 4, "epoch": 1, "row": 6}
-    assert record["batch"] == expected
+    met = [(t, config.sliding_window, config.index_topk) for length in lengths for t in range(1, length + 1)]
+    pairs = {
+        "window": sum(min(t, window) for t, window, _ in met),
+        "csa_selected": sum(min(t // 4, k) for t, _, k in met),
+        "csa_visible": sum(t // 4 for t, _, _ in met),
+        "hca": sum(t // 128 for t, _, _ in met),
+    }
+    assert record["batch"] == {**expected, "pairs": pairs}
     assert record["loss_hex"] == {"lm": "40000000", "total": "40000000"}
 
 

@@ -71,14 +71,22 @@ class FlopsBreakdown:
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """Query-key pairs of the documents, one head of one layer."""
+class Pairs:
+    """All that FLOPs depend on of documents: their tokens, and query-key pairs of one head of one layer.
+
+    Those of several sets of documents add up, so that a record of the sums lets anybody count the FLOPs again.
+    """
 
     tokens: int
     window: int
     csa_selected: int
     csa_visible: int
     hca: int
+
+    @classmethod
+    def of(cls, config: DeepSeekV4Config, document_lengths: Sequence[int]) -> Pairs:
+        """Of documents by their lengths; all zero without any. Raises DataError on an empty document."""
+        return _count(config, document_lengths) if document_lengths else cls(0, 0, 0, 0, 0)
 
 
 def forward_flops(
@@ -104,6 +112,18 @@ def training_flops(
     Raises DataError when there is no document or one is empty.
     """
     counts = _count(config, document_lengths)
+    return pairs_flops(config, counts, mtp=mtp, indexer_loss=indexer_loss, dense_csa=dense_csa)
+
+
+def pairs_flops(
+    config: DeepSeekV4Config,
+    counts: Pairs,
+    *,
+    mtp: bool = True,
+    indexer_loss: IndexerLoss = "selected",
+    dense_csa: bool = False,
+) -> FlopsBreakdown:
+    """`training_flops` of documents of which only the sums are known."""
     trained = indexer_loss != "none"
     forward = _forward(config, counts, mtp, dense_csa, run_indexer=trained or not dense_csa)
     training = {name: 3 * value for name, value in forward.as_dict().items()}
@@ -201,7 +221,7 @@ def parameters_by_component(config: DeepSeekV4Config) -> dict[str, int]:
 
 
 def _forward(
-    config: DeepSeekV4Config, counts: _Counts, mtp: bool, dense_csa: bool, run_indexer: bool
+    config: DeepSeekV4Config, counts: Pairs, mtp: bool, dense_csa: bool, run_indexer: bool
 ) -> FlopsBreakdown:
     d, layers, tokens = config.hidden_size, config.num_hidden_layers, counts.tokens
     csa, hca = config.count_layers(LayerKind.CSA), config.count_layers(LayerKind.HCA)
@@ -257,11 +277,11 @@ def _score_flops(config: DeepSeekV4Config) -> int:
     return 2 * config.index_n_heads * config.index_head_dim
 
 
-def _count(config: DeepSeekV4Config, document_lengths: Sequence[int]) -> _Counts:
+def _count(config: DeepSeekV4Config, document_lengths: Sequence[int]) -> Pairs:
     lengths = [int(n) for n in document_lengths]
     if not lengths or min(lengths) < 1:
         raise DataError(f"FLOPs are counted over documents of at least one token, found lengths {lengths}")
-    return _Counts(
+    return Pairs(
         tokens=sum(lengths),
         window=sum(_sum_capped(n, 1, config.sliding_window) for n in lengths),
         csa_selected=sum(_sum_capped(n, CSA_RATIO, config.index_topk) for n in lengths),

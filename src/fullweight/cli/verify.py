@@ -1,0 +1,109 @@
+"""`fullweight verify`: check the claims of an evidence bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from fullweight.audit.verify import Report
+
+REFUTED, REFUSED = 1, 3
+_MARKS = {"holds": "green", "refuted": "red", "not checkable": "yellow"}
+
+
+def verify_command(
+    bundles: Annotated[list[Path], typer.Argument(help="folder that `fullweight seal` wrote; or several")],
+    *,
+    run: Annotated[Path | None, typer.Option(help="folder of the run, to check its checkpoints too")] = None,
+    data: Annotated[bool, typer.Option("--data", help="make every batch of --run again from its data")] = False,
+    public_key: Annotated[Path | None, typer.Option(help="key whose signature you trust, in PEM form")] = None,
+    chain: Annotated[list[Path] | None, typer.Option(help="trusted certificate; repeatable")] = None,
+    identity: Annotated[str | None, typer.Option(help="trusted Sigstore identity (online)")] = None,
+    issuer: Annotated[str | None, typer.Option(help="who vouches for --identity")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything that was found as JSON")] = False,
+) -> None:
+    """Say of every claim whether it holds, is refuted or cannot be checked.
+
+    Exit status: 0 nothing refuted, 1 something is, 2 wrong usage, 3 the bundle cannot be read or is refused.
+    """
+    import json
+
+    from rich.console import Console
+
+    from fullweight.audit.signing import Trust
+    from fullweight.audit.verify import verify, verify_together
+    from fullweight.core.errors import ConfigError
+    from fullweight.evidence.bundle import RefusedError
+
+    if (run is not None or data) and len(bundles) > 1:
+        raise ConfigError(f"--run and --data go with one bundle, found {len(bundles)}")
+    if data and run is None:
+        raise ConfigError("--data reads the data of the run: give its folder with --run")
+    if (identity is None) != (issuer is None):
+        raise ConfigError("--identity and --issuer go together")
+    trust = Trust(public_key, tuple(chain or ()), identity, issuer)
+    try:
+        if len(bundles) > 1:
+            reports = verify_together(bundles, trust)
+        else:
+            reports = [verify(bundles[0], run=run, trust=trust, with_data=data)]
+    except RefusedError as error:
+        if as_json:
+            typer.echo(json.dumps({"refused": {"rule": error.rule, "reason": error.reason}}, indent=2))
+        typer.secho(f"refused: {plain(str(error)).plain}", fg="red", err=True)
+        raise typer.Exit(REFUSED) from None
+    if as_json:
+        typer.echo(json.dumps([report.as_dict() for report in reports], indent=2))
+    else:
+        for report in reports:
+            _print(report, Console(soft_wrap=True))
+    if any(report.refuted for report in reports):
+        raise typer.Exit(REFUTED)
+
+
+def plain(text: str) -> Text:
+    """A stranger's text as it is: no markup, and control characters shown, not obeyed."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() else "�" for c in text))
+
+
+def shown(value: Any, unit: str | None) -> Text:
+    """A claimed value with its unit."""
+    number = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+    text = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(number)[:60]
+    return plain(f"{text} {unit or ''}".strip() if value is not None else "unknown")
+
+
+def _print(report: Report, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from fullweight.audit.rule import Status
+    from fullweight.audit.verify import COMPLETENESS
+
+    console.print(plain(f"{report.bundle}: run {report.run}"))
+    table = Table(box=None)
+    for title in ("claim", "value", "verdict", ""):
+        table.add_column(title, overflow="fold")
+    for one in report.verdicts:
+        mark = Text(one.status.value, _MARKS[one.status.value])
+        told = plain("" if one.status is Status.holds else one.told)
+        table.add_row(plain(one.claim), shown(one.value, one.unit), mark, told)
+    console.print(table)
+    for status in (Status.refuted, Status.not_checkable):
+        for finding in report.findings:
+            if finding.status is status:
+                console.print(
+                    Text(f"{status.value}: ", _MARKS[status.value]) + plain(f"{finding.rule}: {finding.told}")
+                )
+    held = sum(f.status is Status.holds for f in report.findings)
+    console.print(plain(f"{held} of {len(report.findings)} rules hold"))
+    console.print(plain(COMPLETENESS))
+    console.print(Text("REFUTED", "bold red") if report.refuted else Text("nothing is refuted", "bold green"))

@@ -1,0 +1,88 @@
+"""Sealing: what is refused, what a key is, and runs that were interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from tests.processes import fullweight
+from tests.unit.audit.conftest import Honest
+
+from fullweight.audit.claims import Sealed
+from fullweight.audit.rule import Status
+from fullweight.audit.seal import seal
+from fullweight.audit.signing import Signer, Trust, new_key
+from fullweight.audit.verify import verify
+from fullweight.core.errors import ConfigError, FullweightError
+
+
+def test_a_run_with_three_restarts_holds(honest: Honest, tmp_path: Path) -> None:
+    """Three times the last checkpoint is lost, and the steps after the one before it are made again."""
+    run = tmp_path / "run"
+    shutil.copytree(honest.run, run)
+    for _ in range(3):
+        shutil.rmtree(run / "checkpoints" / "step-6")
+        shutil.rmtree(run / "export")
+        ended = fullweight("resume", run, "--on-corrupt", "previous")
+        assert ended.ok, ended.output
+    sealed = seal(run, tmp_path / "bundle", with_checkpoints=True)
+    claims = {claim.name: claim for claim in sealed.claims}
+    assert (claims["interruptions"].value, claims["steps"].value) == (3, 6)
+    assert claims["goodput"].status == Sealed.verified
+    performance = json.loads((tmp_path / "bundle" / "performance.json").read_text())
+    assert performance["goodput"]["superseded_steps"] == 9
+    report = verify(tmp_path / "bundle", run=run, with_data=True)
+    assert [f for f in report.findings if f.status is Status.refuted] == []
+    assert not report.refuted
+    alone = {f.rule: f.status for f in verify(tmp_path / "bundle").findings}
+    assert alone["checkpoint.roots"] is Status.holds, "the checkpoints are in the bundle"
+
+
+def test_the_crate_names_every_file(honest: Honest) -> None:
+    """Each file of the bundle is an entity of the research object, with the digest that the bundle lists."""
+    graph = json.loads((honest.bundle / "ro-crate-metadata.json").read_text())["@graph"]
+    entities = {entity["@id"]: entity for entity in graph}
+    listed = {f["path"]: f for f in json.loads((honest.bundle / "bundle.json").read_text())["files"]}
+    files = {name for name, entity in entities.items() if entity["@type"] == "File"}
+    assert files == (listed.keys() | {"bundle.json"}) - {"ro-crate-metadata.json"}
+    assert all(entities[n]["sha256"] == listed[n]["sha256"] for n in files - {"bundle.json"})
+    assert {part["@id"] for part in entities["./"]["hasPart"]} == files
+
+
+def test_a_key_is_kept_from_others_and_never_overwritten(tmp_path: Path) -> None:
+    public = new_key(tmp_path / "key.pem")
+    assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
+    assert "PRIVATE" not in public.read_text()
+    with pytest.raises(FullweightError, match="never overwritten"):
+        new_key(tmp_path / "key.pem")
+
+
+@pytest.mark.parametrize("text", ["", "no key", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])
+def test_what_is_no_key_is_told(text: str, honest: Honest, tmp_path: Path) -> None:
+    """In one message, and nothing of the bundle is left behind."""
+    (tmp_path / "key.pem").write_text(text)
+    with pytest.raises(FullweightError, match="elliptic key"):
+        seal(honest.run, tmp_path / "bundle", signer=Signer(key=tmp_path / "key.pem"))
+    assert [p.name for p in tmp_path.iterdir()] == ["key.pem"]
+    with pytest.raises(FullweightError, match="no public key"):
+        verify(honest.bundle, trust=Trust(public_key=tmp_path / "key.pem"))
+
+
+def test_a_folder_that_is_no_run_is_told(honest: Honest, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no manifest\.json"):
+        seal(tmp_path, tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="is not empty"):
+        seal(honest.run, honest.bundle)
+
+
+def test_the_command_makes_a_key_and_a_bundle(honest: Honest, tmp_path: Path) -> None:
+    ended = fullweight("seal", honest.run, "--out", tmp_path / "bundle", "--new-key", tmp_path / "key.pem")
+    assert ended.ok, ended.output
+    assert f"fullweight verify {tmp_path / 'bundle'}" in ended.output
+    assert not verify(tmp_path / "bundle", trust=Trust(public_key=tmp_path / "key.pem.pub")).refuted
+    unsigned = fullweight("seal", honest.run, "--out", tmp_path / "other")
+    assert unsigned.statuses == (1,)
+    assert "exactly one of --key, --sigstore and --unsigned" in unsigned.output
