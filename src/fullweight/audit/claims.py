@@ -176,6 +176,14 @@ CLAIMS: tuple[Kind, ...] = (
         lambda subject, figures: subject.manifest.parameters.trained,
     ),
     Kind(
+        "full-parameter",
+        "every parameter was trained",
+        None,
+        "moments and changes of every tensor and expert in the checkpoint that coverage.json is of",
+        (*_LEDGER, "coverage.totals", "coverage.recomputed"),
+        lambda subject, figures: _full_parameter(subject),
+    ),
+    Kind(
         "complete",
         "nothing else was run than what is told here",
         None,
@@ -252,6 +260,11 @@ def agrees(stated: Any, computed: Any, relative: float = 1e-9) -> bool:
     if isinstance(stated, list | tuple) and isinstance(computed, list | tuple):
         return len(stated) == len(computed) and all(map(agrees, stated, computed))
     return bool(stated == computed)
+
+
+def _full_parameter(subject: Subject) -> bool | None:
+    claim = subject.coverage.get("claim") if isinstance(subject.coverage, dict) else None
+    return True if isinstance(claim, dict) and claim.get("full_parameter") == "supported" else None
 
 
 def _last_evaluation(subject: Subject, what: str) -> Any:

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fullweight.audit import beside_rules, chain_rules, file_rules, number_rules
+from fullweight.audit import beside_rules, chain_rules, coverage_rules, file_rules, number_rules
 from fullweight.audit.claims import Verdict, verdicts
 from fullweight.audit.rule import RULES, Finding, Status, apply
 from fullweight.audit.signing import Trust, signature_problem, signed
 from fullweight.audit.subject import Subject, open_subject
 
-_MODULES = (chain_rules, number_rules, file_rules, beside_rules)  # importing them fills RULES
+_MODULES = (chain_rules, number_rules, file_rules, beside_rules, coverage_rules)  # importing them fills RULES
 COMPLETENESS = (
     "No evidence shows completeness: that there was no other run, no other data and no discarded attempt. A "
     "signature shows who sealed the bundle and that it is unchanged, not that the run happened; replay of windows "

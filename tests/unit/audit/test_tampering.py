@@ -39,7 +39,7 @@ def test_an_honest_run_holds(honest: Honest) -> None:
     report = verify(honest.bundle, run=honest.run, trust=Trust(public_key=honest.public_key), with_data=True)
     assert [f for f in report.findings if f.status is not Status.holds] == []
     open_claims = {v.claim for v in report.verdicts if v.status is not Status.holds}
-    assert open_claims <= {"complete", "energy-per-token"}
+    assert open_claims <= {"complete", "energy-per-token", "full-parameter"}
 
 
 def test_a_bundle_alone_says_what_was_not_looked_at(honest: Honest) -> None:
@@ -424,6 +424,25 @@ def test_an_adapter_is_no_export(honest: Honest, tmp_path: Path) -> None:
         save_file({n: t for n, t in tensors.items() if "wq_a" in n}, shard, metadata={"format": "pt"})
     (forgery.run / "export" / "model.safetensors.index.json").unlink()
     assert "export.complete" in refuted(verify(forgery.root, run=forgery.run))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (lambda c: c["parameters"].update(trained=1), "coverage.totals"),
+        (lambda c: c.update(generation="step-3"), "coverage.totals"),
+        (lambda c: c["tensors"][3].update(elements=1), "coverage.totals"),
+        (lambda c: c["totals"].update(elements=c["totals"]["elements"] - 1), "coverage.recomputed"),
+        (lambda c: c["claim"].update(full_parameter="refuted"), "coverage.recomputed"),
+    ],
+)
+def test_coverage_is_measured_again(
+    change: Callable[[Any], Any], rule: str, honest: Honest, tmp_path: Path
+) -> None:
+    forgery = Forgery(honest.bundle, tmp_path)
+    forgery.edit("coverage.json", change)
+    forgery.restate()
+    assert rule in refuted(verify(forgery.root, run=honest.run))
 
 
 def _data_of(run: Path, change: Callable[[Any], None]) -> None:
