@@ -17,7 +17,7 @@ from fullweight.planner.tape import GRADIENTS, Block, Tape
 FP32, BF16, INT64, INT32 = 4, 2, 8, 4
 _BLOCK, _CHUNK, _SCORES = 32, 256, 1 << 20  # of ops/cpu/attention.py
 _PRODUCTS = 1 << 24  # index products at once in a rehearsal
-_GROUP, _LARGE = 1024, 256  # of ops/cpu/experts.py
+_GROUP, _LARGE = 1024, 512  # of ops/cpu/experts.py
 _LOGITS, _ROWS = 1 << 23, 512  # of ops/cpu/loss.py
 
 Back = tuple[Block | None, ...]

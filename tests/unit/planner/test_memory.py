@@ -13,7 +13,9 @@ import pytest
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.ops.cpu import attention, experts, loss
 from fullweight.parallel.config import Layout, ParallelConfig
+from fullweight.planner import operations
 from fullweight.planner.chips import chip
 from fullweight.planner.elements import Around, block_pass
 from fullweight.planner.memory import MemoryModel, Setting, StageMemory, memory_of
@@ -64,6 +66,18 @@ def test_every_category_of_every_recorded_role(record: dict[str, Any]) -> None:
     assert record["roles"]
     for role in record["roles"]:
         compare(stages[role["pipeline"]], role["most_by_category"], role["peak_bytes"])
+
+
+def test_sizes_are_those_of_the_operations() -> None:
+    """The planner imports no torch, so what the operations are cut into is written down there too."""
+    assert operations._BLOCK == attention.BLOCK
+    assert operations._CHUNK == attention.CHUNK
+    assert operations._SCORES == attention.SCORES
+    assert operations._GROUP == experts.GROUP
+    assert operations._LOGITS == loss.LOGITS
+    assert operations._ROWS == loss.ROWS
+    for rows in range(0, 2000, 7):
+        assert operations.rounded_rows(rows) == experts.rounded_rows(rows)
 
 
 def test_shapes_are_those_of_the_model() -> None:
