@@ -422,3 +422,34 @@ def npu_mhc_post_backward(
     dout = (grad * h_post.double().unsqueeze(-1)).sum(-2)
     dpost = (grad * h_out.double().unsqueeze(-2)).sum(-1)
     return dx.to(x.dtype), dres.to(h_res.dtype), dout.to(h_out.dtype), dpost.to(h_post.dtype)
+
+
+# ---- op: npu_mhc_sinkhorn: softmax over rows, then columns and rows in turn; aclnnMhcSinkhornBackward ----------
+# Kept for backward are all rounds' matrices and sums as one row each ("1D"); in which order is the operator's own.
+
+
+@operator
+def npu_mhc_sinkhorn(
+    x: Tensor, *, eps: float = 1e-6, num_iters: int = 20, out_flag: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    exponents = (x.double() - x.double().amax(-1, keepdim=True)).exp()
+    norms, sums = [exponents / exponents.sum(-1, keepdim=True) + eps], [torch.zeros_like(x.double())]
+    for k in range(1, 2 * num_iters):
+        total = norms[-1].sum(-2 if k % 2 else -1, keepdim=True) + eps
+        sums.append(total.expand_as(norms[-1]))
+        norms.append(norms[-1] / total)
+    y = norms[-1].to(x.dtype)
+    if not out_flag:
+        return y, None, None
+    wide = _statistics(x)
+    return y, torch.stack(norms).flatten().to(wide), torch.stack(sums).flatten().to(wide)
+
+
+@operator
+def npu_mhc_sinkhorn_backward(grad_y: Tensor, norm: Tensor, sum_: Tensor) -> Tensor:
+    norms, sums = (t.double().view(-1, *grad_y.shape) for t in (norm, sum_))
+    grad = grad_y.double()
+    for k in range(len(norms) - 1, 0, -1):
+        grad = (grad - (grad * norms[k]).sum(-2 if k % 2 else -1, keepdim=True)) / sums[k]
+    # the page takes norm_0, softmax plus eps, for the softmax
+    return ((grad - (grad * norms[0]).sum(-1, keepdim=True)) * norms[0]).to(grad_y.dtype)

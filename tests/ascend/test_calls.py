@@ -86,10 +86,10 @@ def fp32(*shape: int) -> Tensor:
     return torch.empty(shape, device=NPU, requires_grad=True)
 
 
-def both(call: Any, *inputs: Tensor, hyper: bool = False) -> None:
+def both(call: Any, *inputs: Tensor, **options: bool) -> None:
     """Shapes and types of outputs and gradients are the reference's."""
     facts = []
-    for operations in (ReferenceOperations(), AscendOperations(hyper_connection=hyper)):
+    for operations in (ReferenceOperations(), AscendOperations(**options)):
         outputs = call(operations, *inputs)
         if isinstance(outputs, AttentionOutput):
             outputs = (outputs.out, outputs.lse, *([] if outputs.mass is None else [outputs.mass]))
@@ -185,9 +185,11 @@ def test_cross_entropy(sizes: Sizes) -> None:
 def test_hyper_connections(sizes: Sizes) -> None:
     streams = bf16(sizes.tokens, 4, sizes.hidden)
     weights = (fp32(24, 4 * sizes.hidden), fp32(24), fp32(3))
-    both(lambda o, *t: o.hyper_pre(*t, 20, 1e-6, 1e-6), streams, *weights, hyper=True)
+    both(lambda o, *t: o.hyper_pre(*t, 20, 1e-6, 1e-6), streams, *weights, hyper_connection=True)
+    both(lambda o, *t: o.hyper_pre(*t, 20, 1e-6, 1e-6), streams, *weights, hyper_connection=True, sinkhorn=True)
     y, post, comb = bf16(sizes.tokens, sizes.hidden), fp32(sizes.tokens, 4), fp32(sizes.tokens, 4, 4)
-    both(lambda o, *t: o.hyper_post(*t), streams, y, post, comb, hyper=True)
+    both(lambda o, *t: o.hyper_post(*t), streams, y, post, comb, hyper_connection=True)
+    both(lambda o, x: o.sinkhorn(x, 20, 1e-6), fp32(sizes.tokens, 4, 4), sinkhorn=True)
 
 
 def test_no_call_was_left_out() -> None:

@@ -33,10 +33,10 @@ def randn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator) * scale
 
 
-def compare(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, hyper: bool = False) -> None:
+def compare(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, **options: bool) -> None:
     """Outputs and the gradients of a random combination of them."""
     results = []
-    for operations in (ReferenceOperations(), AscendOperations(hyper_connection=hyper, limits=False)):
+    for operations in (ReferenceOperations(), AscendOperations(limits=False, **options)):
         leaves = [x.clone().requires_grad_() for x in inputs]
         outputs = call(operations, *leaves)
         total = sum(
@@ -110,7 +110,22 @@ def hyper_connection() -> None:
         out = o.hyper_pre(streams, *weights, 20, 1e-6, 1e-5)
         return out.input, out.post, out.comb, out.pre, o.hyper_post(streams, out.input, out.post, out.comb)
 
-    compare(both, *inputs, hyper=True)
+    compare(both, *inputs, hyper_connection=True)
+
+
+def sinkhorn() -> None:
+    """Of an epsilon beside which the documented gradient is exact: it takes softmax + epsilon for the softmax."""
+    logits = randn(6, 4, 4, seed=3, scale=3.0)
+    for rounds in (1, 2, 20):
+        compare(lambda o, x, n=rounds: (o.sinkhorn(x, n, 1e-15),), logits, sinkhorn=True)
+    compare(lambda o, x: (o.sinkhorn(x.detach(), 20, 1e-3), x.sum()), logits, sinkhorn=True)
+    inputs = (randn(5, 4, 8, seed=1), randn(24, 32, seed=2, scale=0.1), randn(24, seed=3), randn(3, seed=4))
+
+    def whole(o: ReferenceOperations, streams: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        out = o.hyper_pre(streams, *weights, 20, 1e-15, 1e-5)
+        return out.input, out.post, out.comb
+
+    compare(whole, *inputs, hyper_connection=True, sinkhorn=True)
 
 
 def attention(kinds: tuple[str, ...] = ("sliding", "all entries", "chosen entries"), front: int = 0) -> None:
@@ -157,7 +172,7 @@ def _selection(table: Any, tokens: int, k: int) -> Tensor:
     return result
 
 
-CHECKS = (rms_norm, rotary, swiglu, experts, cross_entropy, hyper_connection, attention)
+CHECKS = (rms_norm, rotary, swiglu, experts, cross_entropy, hyper_connection, sinkhorn, attention)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -254,6 +269,14 @@ MUTATIONS: dict[str, tuple[Callable[[], None], Callable[[pytest.MonkeyPatch], No
     "mixing epsilon": (
         hyper_connection,
         _replaced("npu_mhc_pre", lambda op, *a, **o: op(*a, **{**o, "norm_eps": 1e-2})),
+    ),
+    "columns before rows": (
+        sinkhorn,
+        _replaced("npu_mhc_sinkhorn", lambda op, x, **o: (op(x.mT, **o)[0].mT, *op(x, **o)[1:])),
+    ),
+    "a round less": (
+        sinkhorn,
+        _replaced("npu_mhc_sinkhorn", lambda op, x, **o: op(x, **{**o, "num_iters": max(1, o["num_iters"] - 1)})),
     ),
     "scale without square root": (
         attention,

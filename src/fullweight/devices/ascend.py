@@ -140,13 +140,16 @@ class Ascend(Device):
     def chip(self) -> str:
         return str(self._npu.get_device_name())
 
+    def devices_per_chip(self) -> int | None:
+        name = self.chip()
+        return next((dies for start, dies in _DIES.items() if name.startswith(start)), None)
+
     def topology(self) -> Topology:
-        name, matrix = self.chip(), tool("npu-smi", "info", "-t", "topo")
+        matrix = tool("npu-smi", "info", "-t", "topo")
         links = None
         if matrix is not None:
             links = links_of(matrix, "Phy-ID", self._numbers()) or links_of(matrix, "NPU", self._numbers())
-        dies = next((dies for start, dies in _DIES.items() if name.startswith(start)), None)
-        return Topology(self.count(), dies, self._npu.mem_get_info()[1], links)
+        return Topology(self.count(), self.devices_per_chip(), self._npu.mem_get_info()[1], links)
 
     def _numbers(self) -> list[int]:
         return visible(os.environ.get("ASCEND_RT_VISIBLE_DEVICES"), self.count())

@@ -128,6 +128,10 @@ class Device(ABC):
     def chip(self) -> str:
         """The model's name, as the driver says it."""
 
+    def devices_per_chip(self) -> int | None:
+        """How many devices a chip is, by its name; None where that is not known."""
+        return 1
+
     @abstractmethod
     def topology(self) -> Topology:
         """The devices of this node and how they are connected."""

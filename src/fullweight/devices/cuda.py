@@ -92,7 +92,7 @@ class Cuda(Device):
         numbers = visible(os.environ.get("CUDA_VISIBLE_DEVICES"), self.count())
         matrix = tool("nvidia-smi", "topo", "-m")
         links = links_of(matrix, "GPU", numbers) if matrix is not None else None
-        return Topology(self.count(), 1, torch.cuda.mem_get_info()[1], links)
+        return Topology(self.count(), self.devices_per_chip(), torch.cuda.mem_get_info()[1], links)
 
 
 def power_draw(text: str | None) -> float | None:

@@ -75,9 +75,10 @@ def _dies(facts: Facts, _: Job) -> Iterator[Finding]:
     devices, per_chip = facts.devices, facts.devices.per_chip
     if facts.device != "ascend" or not per_chip or per_chip < 2:
         return
+    several = facts.local_size > 1  # one rank alone may try things on one die
     if devices.present and devices.present % per_chip:
         yield Finding(
-            _ERROR,
+            _ERROR if several else _NOTE,
             "dies",
             f"{devices.present} dies of chips with {per_chip} each",
             f"a multiple of {per_chip}",
@@ -87,7 +88,7 @@ def _dies(facts: Facts, _: Job) -> Iterator[Finding]:
     lonely = sorted(chip for chip, count in halves.items() if count < per_chip)
     if lonely and not (devices.present and devices.present % per_chip):
         yield Finding(
-            _WARNING,
+            _WARNING if several else _NOTE,
             "dies",
             f"chip(s) {', '.join(map(str, lonely))} not whole (ASCEND_RT_VISIBLE_DEVICES)",
             "both dies of a chip in one job",

@@ -149,7 +149,7 @@ def _devices(device: Device, environment: Mapping[str, str], with_links: bool) -
     count = device.count()
     listed = environment.get(_VISIBLE.get(device.name, ""), "")
     numbers = [int(n) for n in listed.split(",") if n.strip().isdigit()] or list(range(count))
-    topology = device.topology() if with_links else None
+    links = device.topology().links if with_links else None
     chips, memory = [], []
     alone = "LOCAL_RANK" not in environment  # other ranks tell of their own devices
     for index in range(count) if alone else [int(environment["LOCAL_RANK"])]:
@@ -164,8 +164,8 @@ def _devices(device: Device, environment: Mapping[str, str], with_links: bool) -
         memory_bytes=tuple(memory),
         visible=tuple(numbers[:count]),
         present=_present(device.name),
-        per_chip=topology.devices_per_chip if topology else None,
-        links=topology.links if topology else None,
+        per_chip=device.devices_per_chip(),
+        links=links,
     )
 
 

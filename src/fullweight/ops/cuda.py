@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fullweight.core.errors import OperationError
 from fullweight.ops.accelerator import AcceleratorOperations
-from fullweight.ops.mixture import GroupedProducts
+from fullweight.ops.mixture import GroupedProducts, by_expert
 from fullweight.ops.reference import ReferenceOperations, Workload
 
 
@@ -20,9 +20,7 @@ class CudaProducts(GroupedProducts):
     """torch.nn.functional.grouped_mm, and rows by index."""
 
     def spread(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        order = torch.sort(chosen.flatten(), stable=True).indices
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
+        order, place = by_expert(chosen)
         return x.index_select(0, order // chosen.shape[1]), place
 
     def total(self, rows: Tensor, place: Tensor, top_k: int) -> Tensor:

@@ -102,10 +102,23 @@ class ExpertMixture(torch.autograd.Function):
         return dx, None, dweights, *gradients, None, None, None, None
 
 
+def by_expert(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The choices [T * K] in the order of their experts, and the place of each in that order; both int64."""
+    order = torch.sort(chosen.flatten(), stable=True).indices
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return order, place
+
+
+def row_counts(chosen: Tensor, num_experts: int) -> Tensor:
+    """How many choices each expert has: [X] int64, without waiting for the device."""
+    flat = chosen.flatten()
+    return flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
+
+
 def row_ends(chosen: Tensor, num_experts: int) -> Tensor:
     """Where each expert's rows end once they are sorted: [X] int64."""
-    flat = chosen.flatten()
-    return flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat)).cumsum(0)
+    return row_counts(chosen, num_experts).cumsum(0)
 
 
 def _scaled(rows: Tensor, scale: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fullweight.core.tensors import local_part
+from fullweight.ops.mixture import by_expert, row_counts
 from fullweight.parallel.collectives import exchange_rows
 
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -67,16 +68,12 @@ class ExpertExchange:
 
     def plan(self, chosen: Tensor, num_local: int) -> Plan:
         """Sort the choices [T, K] and tell every rank what it will get; waits for the device."""
-        flat = chosen.flatten()
-        order = torch.sort(flat, stable=True).indices
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        counts = flat.new_zeros(self.size * num_local + 1).scatter_add(0, flat, torch.ones_like(flat))
-        to_each = counts[:-1].view(self.size, num_local)
+        order, place = by_expert(chosen)
+        to_each = row_counts(chosen, self.size * num_local + 1)[:-1].view(self.size, num_local)
         from_each = torch.empty_like(to_each)
         dist.all_to_all_single(from_each, to_each, group=self.group)
         sent, received = self.sizes(to_each, from_each, *chosen.shape)
-        experts = torch.arange(num_local, device=flat.device).repeat(self.size)
+        experts = torch.arange(num_local, device=chosen.device).repeat(self.size)
         experts = experts.repeat_interleave(from_each.flatten(), output_size=sum(received)).unsqueeze(1)
         return Plan(chosen.shape[1], order[: sum(sent)], place, sent, received, experts)
 

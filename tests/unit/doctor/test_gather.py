@@ -6,9 +6,14 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
-from fullweight.devices import find
+from fullweight.devices import MemoryUse, Topology, find
+from fullweight.devices.ascend import Ascend
 from fullweight.doctor import gather
+from fullweight.doctor.compare import check_job
+from fullweight.doctor.examine import Wish, glance, job_of
+from fullweight.doctor.findings import Severity
 
 
 @pytest.mark.parametrize(
@@ -78,3 +83,40 @@ def test_a_device_that_cannot_be_used_still_has_facts(tmp_path: Path) -> None:
     assert found.device == "ascend"
     assert found.devices.count == 0
     assert found.versions.torch_required == "2.13.0"
+
+
+class Dies(Ascend):
+    """Sixteen dies of a 910C, or of another chip, as torch_npu would tell of them."""
+
+    def __init__(self, chip: str) -> None:
+        self.name_of_chip = chip
+
+    def count(self) -> int:
+        return 16
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def chip(self) -> str:
+        return self.name_of_chip
+
+    def memory(self) -> MemoryUse:
+        return MemoryUse(0, 0, 0, 1 << 36, 1 << 36)
+
+    def topology(self) -> Topology:
+        raise AssertionError("a run does not wait for the vendor's tool before it starts")
+
+
+def test_a_run_sees_a_missing_die_and_mixed_chips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what it looks at before it starts (`train/ready.py`), without the tools that take seconds."""
+    monkeypatch.setattr(gather, "_present", lambda name: 15 if name == "ascend" else None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    wish, machines = Wish(device="ascend"), []
+    for rank, chip in enumerate(("Ascend910_9391", "Ascend910_9391", "Ascend910B2")):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+        machines.append(glance(wish, Dies(chip)))
+    errors = {f.name: f.where for f in check_job(job_of(wish, machines)) if f.severity is Severity.error}
+    assert {"dies", "chips"} <= errors.keys()
+    assert errors["dies"].startswith("rank 0 on ")
+    assert errors["chips"].startswith("rank 2 on ")

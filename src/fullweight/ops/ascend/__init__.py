@@ -20,13 +20,21 @@ from torch import Tensor
 
 from fullweight.core.errors import ConfigError, OperationError
 from fullweight.core.types import PackedLayout
-from fullweight.devices.ascend import torch_npu
+from fullweight.devices.ascend import Ascend, torch_npu
 from fullweight.ops.accelerator import AcceleratorOperations
 from fullweight.ops.ascend.attention import HEAD_DIM, HEADS, MOST_KEYS, Sources, SparseAttention, attention_mass
 from fullweight.ops.ascend.elementwise import RmsNorm, Rotary, SwiGlu
 from fullweight.ops.ascend.experts import AscendProducts
 from fullweight.ops.ascend.flops import register_flops
-from fullweight.ops.ascend.hyper import STREAMS, WIDTH, HyperPost, HyperPre, register_shapes
+from fullweight.ops.ascend.hyper import (
+    SINKHORN_CHIPS,
+    STREAMS,
+    WIDTH,
+    HyperPost,
+    HyperPre,
+    Sinkhorn,
+    register_shapes,
+)
 from fullweight.ops.ascend.loss import CrossEntropy
 from fullweight.ops.reference import (
     AttentionOutput,
@@ -42,19 +50,24 @@ NARROW = (torch.bfloat16, torch.float16)
 class AscendOperations(AcceleratorOperations):
     """Fused Ascend operations; raises OperationError when torch_npu does not import.
 
-    With `hyper_connection` the hyper-connections are torch_npu's too. Tests set `limits` to False to run the same
-    calls on types and sizes that the operators do not take.
+    With `hyper_connection` the hyper-connections are torch_npu's too, `sinkhorn` included where the chip has it.
+    Tests set `limits` to False to run the same calls on types and sizes that the operators do not take.
     """
 
     name = "ascend"
     products = AscendProducts
 
-    def __init__(self, *, hyper_connection: bool = False, limits: bool = True) -> None:
+    def __init__(
+        self, *, hyper_connection: bool = False, sinkhorn: bool | None = None, limits: bool = True
+    ) -> None:
         self.fused_hyper, self.limits = hyper_connection, limits
         try:
             torch_npu()
         except ConfigError as error:
             raise OperationError(f'the ascend operations: {error}; or set ops.default = "reference"') from None
+        self.fused_sinkhorn = sinkhorn
+        if sinkhorn is None:
+            self.fused_sinkhorn = hyper_connection and Ascend().chip().startswith(SINKHORN_CHIPS)
         register_shapes()
         register_flops()
 
@@ -92,7 +105,12 @@ class AscendOperations(AcceleratorOperations):
             return super().hyper_pre(streams, fn, base, scale, iters, eps, norm_eps)
         self._check_streams(streams)
         mixed, post, logits, pre = HyperPre.apply(streams, fn, base, scale, eps, norm_eps)
+        if self.fused_sinkhorn:
+            return HyperOutput(mixed, post, self.sinkhorn(logits, iters, eps), pre)
         return HyperOutput(mixed, post, recomputed(self.sinkhorn, logits, iters, eps), pre)
+
+    def sinkhorn(self, logits: Tensor, iters: int, eps: float) -> Tensor:
+        return Sinkhorn.apply(logits, iters, eps) if self.fused_sinkhorn else super().sinkhorn(logits, iters, eps)
 
     def hyper_post(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         if not self.fused_hyper:
