@@ -221,7 +221,6 @@ def _token_counts(model: nn.Module, batches: Iterable[Batch], ranks: Ranks) -> T
     vocabulary: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
     counts = torch.zeros(vocabulary, dtype=torch.int64)
     for batch in batches if ranks.counts_row else ():
-        counts += torch.bincount(
-            batch.tokens[: batch.num_tokens - batch.layout.num_padding].cpu(), minlength=vocabulary
-        )
+        ids = batch.tokens[: batch.num_tokens - batch.layout.num_padding].cpu()
+        counts.scatter_add_(0, ids, torch.ones_like(ids))  # unlike bincount, known to tensors without data
     return ranks.reduce(counts)
