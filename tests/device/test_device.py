@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,19 @@ def test_it_says_what_it_is(device: Device) -> None:
     assert topology.memory_bytes == device.memory().total
     assert topology.links is None or len(topology.links) == device.count()
     assert watts is None or watts > 0
+
+
+def test_a_meter_tells_power_where_the_device_does(device: Device) -> None:
+    """Over a stretch of time, without waiting for it; unknown exactly where the device's own figure is."""
+    known, meter, last = device.watts() is not None, device.power_meter(), time.monotonic() + 120
+    try:
+        meter.begin()
+        while (watts := meter.watts()) is None and known:
+            assert time.monotonic() < last, "no reading in two minutes"
+            time.sleep(0.05)
+        assert (watts is not None and watts > 0) if known else watts is None
+    finally:
+        meter.close()
 
 
 def test_auto_takes_the_first_that_can_be_used() -> None:
