@@ -34,7 +34,9 @@ from fullweight.checkpoint.plan import ExportFormat, Output, make_plan
 from fullweight.checkpoint.published import PublishedTensor, published_tensors
 from fullweight.checkpoint.source import SourceForm
 from fullweight.core.errors import CheckpointError
+from fullweight.evidence import merkle
 from fullweight.evidence.first_weights import FirstWeights
+from fullweight.evidence.state_root import leaf
 from fullweight.evidence.tensor_coverage import AsStored, TensorCoverage, cover
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import Part, stacks
@@ -77,6 +79,7 @@ class Coverage:
     export: list[str] | None = None  # tensors exported with other values than these weights'; None: no export
     export_first: int = 0  # how many of those are what the run began with
     export_error: str | None = None  # why the exported folder is no model
+    first_as_recorded: bool | None = None  # whether the first weights have the recorded root; None: not compared
 
     @property
     def counted_from(self) -> int:
@@ -97,13 +100,15 @@ def measure(
     form: ExportFormat = "bfloat16",
     source: SourceForm | None = None,
     exported: Path | None = None,
+    weights_root: str | None = None,
     progress: Progress | None = None,
 ) -> Coverage:
     """Measure a verified generation in one process, without building a model.
 
     `trained` are our names of what the recipe trains, router biases among them (None: everything); `form` and
-    `source` are the run's export; `exported` is a folder of it, compared value by value. Where `first` has no
-    reader, changes are None. Raises CheckpointError when the generation is not of its config's model.
+    `source` are the run's export; `exported` is a folder of it, compared value by value; `weights_root` is the
+    root of the first weights in the run's manifest. Where `first` has no reader, changes are None. Raises
+    CheckpointError when the generation is not of its config's model.
     """
     config = DeepSeekV4Config.from_published(generation.manifest.facts.model)
     stored = store.contents(generation)
@@ -114,10 +119,12 @@ def measure(
     reader = _Reader(generation, stored, first)
     for name in (n for n in (ROUTED, SEEN) if n in stored):
         setattr(found, name.rpartition(".")[2], reader.plain(name))
-    exports = None if outputs is None else _open_export(found, exported)
+    exports, leaves = None if outputs is None else _open_export(found, exported), list[bytes]()
     try:
         for ours, now, before, reached in reader.read(sorted(parts)):
             trains = trained is None or ours in trained
+            if weights_root is not None and before is not None:
+                leaves.append(leaf(f"model.{ours}", before.to(now.dtype)))
             for part in parts[ours]:
                 pieces = [_piece(t, part) for t in (now, before, reached)]
                 _take(found, part.name, pieces, trains, outputs, source)
@@ -129,6 +136,8 @@ def measure(
     finally:
         if exports is not None:
             exports.close()
+    if leaves:
+        found.first_as_recorded = merkle.root(leaves) == weights_root
     total = sum(t.sums.elements for t in found.tensors)
     if total != found.num_parameters:
         raise CheckpointError(f"{generation.path} holds {total:,} parameters, its config {found.num_parameters:,}")

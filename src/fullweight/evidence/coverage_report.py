@@ -22,6 +22,7 @@ Status = Literal["supported", "refuted", "unsupported", "not checkable"]
 Weight = Literal["refutes", "unsupports", "hides", "exception", "note"]
 """What a finding does to the claim; `hides`: something that is needed to judge it is not known."""
 _SHOWN = 8
+_BY_PLACE = ("first_weights.proof", "first_weights.reason", "first_weights.as_recorded", "export_compared")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def report(coverage: Coverage) -> dict[str, Any]:
             "known": coverage.first.reader is not None,
             "proof": coverage.first.proof,
             "reason": coverage.first.reason,
+            "as_recorded": coverage.first_as_recorded,
         },
         "export_format": coverage.export_format,
         "export_compared": coverage.export is not None,
@@ -88,6 +90,9 @@ def find(coverage: Coverage) -> list[Finding]:
     if coverage.first.reader is None:
         why = f"the first weights cannot be had: {coverage.first.reason}"
         found.append(Finding("first_weights_unknown", "hides", why, 1))
+    if coverage.first_as_recorded is False:
+        why = "the first weights that are had again do not have the root that manifest.json recorded"
+        found.append(Finding("first_weights_differ", "refutes", why, 1))
     if coverage.routed is None or coverage.seen is None:
         why = "the state does not say how many tokens each expert and each row of the embedding got"
         found.append(Finding("counts_unknown", "hides", why, 1))
@@ -100,8 +105,8 @@ def find(coverage: Coverage) -> list[Finding]:
 def differences(recorded: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     """Where a coverage.json says something else than a new measurement of the same generation; empty: nowhere.
 
-    Counts, names and verdicts must be equal, norms nearly so (other libraries add in another
-    order).
+    What depends on where it was measured (paths, whether export and manifest were at hand) is left out. Counts,
+    names and verdicts must be equal, norms nearly so (other libraries add in another order).
     """
     return _differing(recorded, measured, "")
 
@@ -282,12 +287,13 @@ def _differing(a: Any, b: Any, where: str) -> list[str]:
         if len(a) != len(b):
             return [f"{where}: {len(a)} entries, measured {len(b)}"]
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differing(x, y, _item(where, i, x))]
-    if where.endswith("residual") and isinstance(a, float) and isinstance(b, float) and abs(a - b) < 1e-3:
-        return []
-    numbers = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool | type(None))
-    if numbers and (isinstance(a, float) or isinstance(b, float)):
-        return [] if abs(a - b) <= 1e-5 * max(abs(a), abs(b)) else [f"{where}: {a}, measured {b}"]
-    return [] if type(a) is type(b) and a == b else [f"{where}: {a!r}, measured {b!r}"]
+    return [] if where in _BY_PLACE or _same(a, b, where) else [f"{where}: {a!r}, measured {b!r}"]
+
+
+def _same(a: Any, b: Any, where: str) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= (1e-3 if where.endswith("residual") else 1e-5 * max(abs(a), abs(b)))
+    return type(a) is type(b) and bool(a == b)
 
 
 def _item(where: str, index: int, value: Any) -> str:

@@ -16,6 +16,7 @@ from fullweight.checkpoint.manifest import Facts, Generation, verify
 from fullweight.evidence.coverage import Coverage, Progress, measure
 from fullweight.evidence.coverage_report import report
 from fullweight.evidence.first_weights import first_weights
+from fullweight.evidence.manifest import read
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.train.run_folder import RunFolder, write_json
 from fullweight.train.trainable import ALL, select
@@ -52,6 +53,7 @@ def measure_run(
                 form=facts.config["export"]["format"],
                 source=form,
                 exported=folder.export if _is_of(folder, facts) else None,
+                weights_root=_recorded_root(folder),
                 progress=progress,
             )
     finally:
@@ -73,6 +75,14 @@ def trained_names(facts: Facts) -> frozenset[str] | None:
     if trainable == ALL and not frozen:
         return None
     return select(DeepSeekV4Config.from_published(facts.model), trainable, frozen)
+
+
+def _recorded_root(folder: RunFolder) -> str | None:
+    """The root of the first weights in the run's manifest; None without one."""
+    if not folder.manifest.is_file():
+        return None
+    root = read(folder.manifest).initial.get("weights_root")
+    return None if root is None else str(root)
 
 
 def _is_of(folder: RunFolder, facts: Facts) -> bool:

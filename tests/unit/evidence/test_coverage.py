@@ -90,6 +90,7 @@ def test_an_honest_run_is_covered(optimizer: str, runs: dict[str, Path], initial
     total = TINY.num_parameters(mtp=True)
     assert content["claim"] == {"full_parameter": "supported"}
     assert content["parameters"] == {"total": total, "trained": total}
+    assert content["first_weights"]["as_recorded"] is True
     for parts in (content["tensors"], content["kinds"].values(), content["layers"].values()):
         assert sum(part["elements"] for part in parts) == total == content["totals"]["elements"]
     generation = generation_of(run)
@@ -123,6 +124,8 @@ def test_the_command_measures_again_and_agrees(runs: dict[str, Path], tmp_path: 
     assert "layers.3" in done.output
     written, measured = (json.loads(path.read_text()) for path in (runs["muon"] / "coverage.json", again))
     assert differences(written, measured) == []
+    written["export_compared"] = not written["export_compared"]
+    assert differences(written, measured) == [], "where it was measured is no difference"
     written["tensors"][3]["changed_master"] -= 1
     [found] = differences(written, measured)
     assert found.startswith(f"tensors[{written['tensors'][3]['name']}].changed_master: ")
@@ -229,6 +232,7 @@ def test_other_first_weights_do_not_pass(runs: dict[str, Path], tmp_path: Path) 
     status, findings = judged(tampered(runs["muon"], tmp_path / "run", lambda tensors: None, reseed))
     assert status == "refuted"
     assert findings["changed_though_frozen"] == ["layers.0.ffn.gate.tid2eid"]
+    assert "first_weights_differ" in findings
 
 
 def test_a_weight_that_is_no_number_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
