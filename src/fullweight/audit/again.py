@@ -23,7 +23,7 @@ from fullweight.checkpoint import store
 from fullweight.checkpoint.hashing import digest
 from fullweight.checkpoint.manifest import Facts, Generation, verify
 from fullweight.checkpoint.peers import Peers
-from fullweight.core.errors import DataError
+from fullweight.core.errors import CheckpointError, DataError
 from fullweight.parallel.config import ParallelConfig
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.assemble import Run, assemble
@@ -71,7 +71,7 @@ def repeat(
     now, begun = start, start
     for segment in recorded.segments(window, None if start is None else start.manifest.facts):
         environment, code = recorded.stood_on(segment.first - 1)
-        with _threads(means.threads or environment.get("threads_per_rank")):
+        with threads(means.threads or environment.get("threads_per_rank")):
             run = _assembled(recorded, segment, now, ranks, folder, means)
             try:
                 if now is None:
@@ -90,11 +90,56 @@ def repeat(
     return Again(tuple(records), begun, now, tuple(dict.fromkeys(reasons)))
 
 
+@contextmanager
+def recorded_run(
+    recorded: Recorded, step: int, ranks: Ranks, folder: Path, means: Means
+) -> Iterator[tuple[Run, Generation, dict[str, Any]]]:
+    """A run at a kept state, that state, and what this process stands on; all ranks together.
+
+    Raises CheckpointError when no such state is kept, or it is not the run's, and what `repeat` raises.
+    """
+    path = recorded.kept().get(step)
+    if path is None:
+        kept = ", ".join(str(step) for step in sorted(recorded.kept())) or "none"
+        raise CheckpointError(f"no state of step {step} is kept; kept: {kept}")
+    generation = verify(path, Peers())
+    if reason := recorded.why_not_its(generation):
+        raise CheckpointError(reason)
+    segment = recorded.segments(Window(step, step + 1), generation.manifest.facts)[-1]
+    with threads(means.threads or recorded.stood_on(step)[0].get("threads_per_rank")):
+        run = _assembled(recorded, segment, generation, ranks, folder, means)
+        try:
+            run.state.restore(generation)
+            yield run, generation, stack.standing(run.model.ops.name)
+        finally:
+            run.state.loader.close()
+            run.power.close()
+
+
+def config_at(
+    recorded: Recorded, segment: Segment, start: Facts | None, ranks: Ranks, folder: Path, means: Means
+) -> RunConfig:
+    """The configuration of a segment's steps as it is run here; all ranks together.
+
+    The architecture is written into `folder`: that is where a configuration without a checkpoint has it from.
+    """
+    if start is not None and ranks.is_main:
+        write_json(folder / "model.json", start.model)
+    ranks.barrier()
+    values = replay_values(recorded, segment, start, ranks.size, folder, means)
+    return RunConfig.resolve(values, f"the configuration of step {segment.first}")
+
+
 def replay_values(
     recorded: Recorded, segment: Segment, start: Facts | None, num_ranks: int, folder: Path, means: Means
 ) -> dict[str, Any]:
-    """The configuration of a segment's steps as it is run here, for `RunConfig.resolve`."""
+    """The same as values, for `RunConfig.resolve`."""
     values = copy.deepcopy(segment.config)
+    for section in ("data", "eval", "optimizer", "parallel", "train"):
+        if not isinstance(values.get(section), dict):
+            raise CheckpointError(
+                f"the configuration of step {segment.first} has no section {section}; it is damaged"
+            )
     for section in ("trackers", "export"):
         values.pop(section, None)
     values |= {"output": str(folder / "run"), "export": {"enabled": False}}
@@ -122,11 +167,7 @@ def _assembled(
     recorded: Recorded, segment: Segment, now: Generation | None, ranks: Ranks, folder: Path, means: Means
 ) -> Run:
     start = None if now is None else now.manifest.facts
-    if start is not None and ranks.is_main:
-        write_json(folder / "model.json", start.model)
-    ranks.barrier()
-    values = replay_values(recorded, segment, start, ranks.size, folder, means)
-    config = RunConfig.resolve(values, f"the configuration of step {segment.first}")
+    config = config_at(recorded, segment, start, ranks, folder, means)
     tokenizer = None if start is None else recorded.folder.tokenizer
     run = assemble(config, RunFolder(folder / "run"), ranks, tokenizer)
     wanted, found = recorded.manifest.data.identity, run.state.loader.state_dict()["data"]
@@ -165,7 +206,8 @@ def _moved(source: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads inside the block; None: as many as there are."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

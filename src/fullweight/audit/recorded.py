@@ -67,6 +67,10 @@ class Recorded:
         """The newest kept generation of each step."""
         return dict(generations.listed(self.folder.checkpoints))
 
+    def named(self) -> dict[str, Path]:
+        """Every kept generation by its name."""
+        return {path.name: path for _, path in generations.listed(self.folder.checkpoints)}
+
     def digest_of(self, generation: str) -> str | None:
         """The digest of a generation's manifest that the ledger holds; None when it names no such generation."""
         found = [
@@ -103,7 +107,7 @@ class Recorded:
         for event in self.events:
             if event.get("what") != "resume" or not window.start <= event["step"] < window.stop:
                 continue
-            changes = {name: new for name, (_, new) in event.get("config_changes", {}).items()}
+            changes = _changes(event)
             if not changes:
                 continue
             if event["step"] >= first:
@@ -123,6 +127,14 @@ class Recorded:
         return environment, code
 
 
+def _changes(event: dict[str, Any]) -> dict[str, Any]:
+    """New values by dotted name of a resume. Raises CheckpointError on anything else."""
+    changes = event.get("config_changes", {})
+    if not isinstance(changes, dict) or not all(isinstance(p, list) and len(p) == 2 for p in changes.values()):
+        raise CheckpointError(f"the ledger's resume of step {event['step']} has damaged config_changes")
+    return {name: pair[1] for name, pair in changes.items()}
+
+
 def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy of nested dicts with leaves, by dotted name, replaced."""
     result = copy.deepcopy(config)
@@ -132,5 +144,9 @@ def _changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             table[section] = table.get(section) or {}  # what was None may have become a section
             table = table[section]
+            if not isinstance(table, dict):
+                raise CheckpointError(
+                    f"the ledger changes {name}, and {section} is no section of the configuration"
+                )
         table[key] = value
     return result

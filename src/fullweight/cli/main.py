@@ -16,6 +16,7 @@ from fullweight.cli.bench_checkpoint import bench_checkpoint_command
 from fullweight.cli.bench_convert import bench_convert_command
 from fullweight.cli.bench_evidence import bench_evidence_command
 from fullweight.cli.bench_planner import bench_planner_command
+from fullweight.cli.boundaries import boundaries_command
 from fullweight.cli.chat import chat_command
 from fullweight.cli.checkpoint import checkpoint_app
 from fullweight.cli.compare import compare_command
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("resume")(resume_command)
 app.command("replay")(replay_command)
+app.command("boundaries")(boundaries_command)
 app.command("generate")(generate_command)
 app.command("chat")(chat_command)
 app.command("coverage")(coverage_command)

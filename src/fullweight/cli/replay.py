@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from fullweight.audit.again import Means
+    from fullweight.audit.layer import LayerResult
     from fullweight.audit.recorded import Recorded
     from fullweight.audit.replay import ReplayResult
     from fullweight.audit.windows import Window
 
 _UNCHECKED = 3
+
+
+class Level(StrEnum):
+    """How much of a run is repeated."""
+
+    run = "run"
+    layer = "layer"
 
 
 def replay_command(
@@ -24,6 +35,12 @@ def replay_command(
     windows: Annotated[int | None, typer.Option(min=1, help="draw so many windows between kept states")] = None,
     beacon: Annotated[
         str | None, typer.Option(help="what is drawn with: a public value that was not known to the trainer")
+    ] = None,
+    level: Annotated[
+        Level, typer.Option(help="run: whole steps; layer: single layers from the files of --boundaries")
+    ] = Level.run,
+    boundaries: Annotated[
+        Path | None, typer.Option(help="folder of layers' boundaries (`fullweight boundaries`)")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="folder with the run's data files, if not where they were")
@@ -53,6 +70,11 @@ def replay_command(
     from fullweight.cli.train import console
     from fullweight.train.run_folder import RunFolder
 
+    if (level is Level.layer) != (boundaries is not None):
+        raise typer.BadParameter("--level layer and --boundaries go together")
+    if boundaries is not None:
+        _layers(run, boundaries, Means(None, None, threads, scratch), bound, json_file)
+        return
     if (windows is None) != (beacon is None) or (windows is not None and window):
         raise typer.BadParameter("--windows and --beacon go together, and not with --window")
     chosen = _chosen(Recorded.of(RunFolder(run)), window or [], windows, beacon)
@@ -75,7 +97,35 @@ def told(result: ReplayResult) -> str:
     lines += [f"  bits may differ: {reason}" for reason in result.stack]
     if result.roots is not None:
         lines.append(f"  state root {result.roots[0].root}, replayed {result.roots[1].root}")
-    return "\n".join(lines)
+    return _plain("\n".join(lines))
+
+
+def _layers(run: Path, folder: Path, means: Means, bound: float | None, json_file: Path | None) -> None:
+    from fullweight.audit.layer import repeat_layers
+
+    results = repeat_layers(run, folder, means, bound)
+    for result in results:
+        typer.echo(told_layer(result))
+    if json_file is not None:
+        _write(json_file, results)
+    if any(result.divergent is not None for result in results):
+        raise typer.Exit(1)
+
+
+def told_layer(result: LayerResult) -> str:
+    """A layer in a line or a few."""
+    largest = max(result.distances.values())
+    how = "every bit is equal" if result.exact else f"largest relative distance {largest:.1e}"
+    if result.divergent is not None:
+        how = f"{result.divergent} differs, by {result.distances[result.divergent]:.1e}; {how}"
+    verdict = "verified" if result.divergent is None else "refuted"
+    lines = [f"layer {result.layer} ({result.num_bytes / 1e6:,.1f} MB of weights): {verdict}: {how}"]
+    return _plain("\n".join([*lines, *(f"  bits may differ: {reason}" for reason in result.stack)]))
+
+
+def _plain(text: str) -> str:
+    """A stranger's text: control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def _chosen(recorded: Recorded, given: list[str], count: int | None, beacon: str | None) -> list[Window]:
@@ -93,7 +143,7 @@ def _chosen(recorded: Recorded, given: list[str], count: int | None, beacon: str
     return found[-1:] if count is None or beacon is None else draw(found, recorded.head, beacon, count)
 
 
-def _write(path: Path, results: list[ReplayResult]) -> None:
+def _write(path: Path, results: Sequence[ReplayResult | LayerResult]) -> None:
     import json
     import math
     from dataclasses import asdict
