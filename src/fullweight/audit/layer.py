@@ -111,7 +111,8 @@ def repeat_layers(root: Path, folder: Path, means: Means, bound: float | None = 
                 raise CheckpointError(reason)
         facts = verified[name].manifest.facts
         segment = recorded.segments(Window(facts.step, facts.step + 1), facts)[-1]
-        with tempfile.TemporaryDirectory(dir=means.scratch) as scratch, threads(boundary.stood_on.get("threads")):
+        count = means.threads or boundary.stood_on.get("threads")
+        with tempfile.TemporaryDirectory(dir=means.scratch) as scratch, threads(count):
             config = config_at(recorded, segment, facts, alone, Path(scratch), means)
             results.append(repeat_layer(boundary, verified[name], config, bound))
     return results
