@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fullweight.data.loader import PackedLoader, batch_digest
 from fullweight.data.sources import question_digest, read
 from fullweight.data.tokenizer import load_tokenizer
 from fullweight.evidence.merkle import root
+from fullweight.models.deepseek_v4.flops import Pairs
 from fullweight.train.assemble import assemble
 from fullweight.train.config import RunConfig
 from fullweight.train.loop import joined_for
@@ -46,7 +48,8 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     """Everything that section 4 of the run folder's documentation names is there."""
     names = {p.name for p in finished.iterdir()}
     expected = {"config.json", "model.json", "environment.json", "launch.json", "ledger.jsonl", "manifest.json"}
-    assert names == expected | {"tokenizer", "checkpoints", "samples", "plots", "export", "summary.html"}
+    expected |= {"tokenizer", "checkpoints", "samples", "plots", "export", "summary.html", "coverage.json"}
+    assert names == expected
     assert [s for s, _ in listed(finished / "checkpoints")] == [3, 6]
     assert sorted(p.name for p in (finished / "samples").iterdir()) == [
         "step-0.json",
@@ -82,6 +85,7 @@ def test_the_record_can_be_recomputed(finished: Path) -> None:
     assert start["manifest_sha256"] == sha256((finished / "manifest.json").read_bytes()).hexdigest()
 
     config = RunConfig.resolve(manifest["config"], "manifest.json")
+    architecture = config.model.architecture()
     tokenizer = load_tokenizer(str(finished / "tokenizer"))
     assert manifest["data"]["tokenizer_sha256"] == tokenizer.sha256
     with PackedLoader(config.data, tokenizer) as loader:
@@ -89,7 +93,13 @@ def test_the_record_can_be_recomputed(finished: Path) -> None:
             rows = [next(loader) for _ in range(config.train.rows_per_step)]
             digests = b"".join(bytes.fromhex(batch_digest(row)) for row in rows)
             position = loader.state_dict()
+            lengths = [length for row in rows for length in row.layout.document_lengths]
+            pairs = asdict(Pairs.of(architecture, lengths))
+            assert pairs.pop("tokens") == line["tokens"]["real"] == sum(lengths)
+            seen = (min(t + 1, architecture.sliding_window) for length in lengths for t in range(length))
+            assert pairs["window"] == sum(seen)
             assert line["batch"] == {
+                "pairs": pairs,
                 "digest": sha256(digests).hexdigest(),
                 "rows": len(rows),
                 "samples": sum(len(row.sample_ids) for row in rows),
