@@ -1,7 +1,8 @@
-"""Tests that read data which is not part of the repository run only where it lies beside it."""
+"""Tests that need what not every machine has run only where it is: data beside the repository, a browser."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,23 @@ import pytest
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+_ABSENT = {
+    marker: what
+    for marker, there, what in (
+        ("shared_data", SHARED_DATA.is_dir(), f"{SHARED_DATA}: tests of real data"),
+        ("browser", shutil.which("chromium") is not None, "chromium: tests of pages in a browser"),
+    )
+    if not there
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave `shared_data` tests out when there is no such folder."""
-    if SHARED_DATA.is_dir():
-        return
-    absent = [item for item in items if item.get_closest_marker("shared_data")]
+    """Leave out the tests whose marker stands for what is absent."""
+    absent = [item for item in items if any(item.get_closest_marker(marker) for marker in _ABSENT)]
     items[:] = [item for item in items if item not in absent]
     config.hook.pytest_deselected(items=absent)
 
 
-def pytest_report_header() -> str | None:
+def pytest_report_header() -> list[str]:
     """Say what is left out, and why."""
-    if SHARED_DATA.is_dir():
-        return None
-    return f"no {SHARED_DATA}: tests of real data (marker shared_data) are left out"
+    return [f"no {what} (marker {marker}) are left out" for marker, what in _ABSENT.items()]

@@ -30,10 +30,12 @@ from fullweight.cli.parity import parity_command
 from fullweight.cli.plan import plan_command
 from fullweight.cli.rehearse import rehearse_command
 from fullweight.cli.replay import replay_command
+from fullweight.cli.report import report_command
 from fullweight.cli.resume import resume_command
 from fullweight.cli.seal import seal_command
 from fullweight.cli.train import INTERRUPTED, train_command
 from fullweight.cli.verify import verify_command
+from fullweight.cli.watch import watch_command
 from fullweight.core.errors import FullweightError, ToldError
 from fullweight.core.launcher import failure_text, outside, tell_launcher
 
@@ -52,6 +54,8 @@ app.command("coverage")(coverage_command)
 app.command("init")(init_command)
 app.command("compare")(compare_command)
 app.command("parity")(parity_command)
+app.command("report")(report_command)
+app.command("watch")(watch_command)
 app.command("plan")(plan_command)
 app.command("rehearse")(rehearse_command)
 app.command("doctor")(doctor_command)

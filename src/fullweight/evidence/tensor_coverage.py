@@ -9,7 +9,6 @@ about masters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,28 +17,11 @@ import torch
 from torch import Tensor
 
 from fullweight.checkpoint.folder import row_chunks
+from fullweight.evidence.kinds import expert_of, kind_of, layer_of
 from fullweight.evidence.low_rank import RankTest, rank_test
 
 AsStored = Callable[[Tensor, int], Tensor]
 """Rows (fp32) and the number of the first one to what a reader of the export gets back."""
-
-_KINDS = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"^embed\.", "embedding"),
-        (r"^head\.", "head"),
-        (r"\.ffn\.experts\.", "routed experts"),
-        (r"\.ffn\.shared_experts\.", "shared experts"),
-        (r"\.ffn\.gate\.", "router"),
-        (r"\.indexer\.", "indexer"),
-        (r"\.compressor\.", "compressor"),
-        (r"(^|\.)hc_", "hyper-connections"),
-        (r"norm\.weight$", "norms"),
-        (r"\.attn\.", "attention"),
-        (r"^mtp\.\d+\.[eh]_proj\.", "MTP projections"),
-    )
-)
-_EXPERT = re.compile(r"\.ffn\.experts\.(\d+)\.")
 
 
 @dataclass
@@ -103,8 +85,7 @@ class TensorCoverage:
 
     @property
     def expert(self) -> int | None:
-        found = _EXPERT.search(self.name)
-        return None if found is None else int(found[1])
+        return expert_of(self.name)
 
     def as_dict(self) -> dict[str, Any]:
         rank = None if self.rank is None else {**asdict(self.rank), "residual": _short(self.rank.residual)}
@@ -115,21 +96,6 @@ class TensorCoverage:
             **self.sums.as_dict(),
             "rank": rank,
         }
-
-
-def kind_of(name: str) -> str:
-    """What part of the model a published tensor belongs to.
-
-    >>> kind_of("layers.3.attn.indexer.wq_b.weight"), kind_of("mtp.0.e_proj.weight")
-    ('indexer', 'MTP projections')
-    """
-    return next(kind for pattern, kind in _KINDS if pattern.search(name))
-
-
-def layer_of(name: str) -> str:
-    """ "embed", "layers.3", "head" (with the last norm and hyper-connection) or "mtp.0"."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] in ("layers", "mtp") else "embed" if parts[0] == "embed" else "head"
 
 
 @torch.no_grad()

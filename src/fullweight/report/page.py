@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import matplotlib
 
 matplotlib.use("Agg")
@@ -32,6 +33,11 @@ def png(figure: Figure) -> bytes:
 def inside(picture: bytes) -> str:
     """What an image's address is in a page that holds the picture itself."""
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def escaped(text: str) -> str:
+    """Text that may stand in a page whatever it holds."""
+    return str(markupsafe.escape(text))
 
 
 def write_page(path: Path, template: Path, **values: Any) -> None:

@@ -23,7 +23,8 @@ from fullweight.checkpoint.plan import Output
 from fullweight.checkpoint.published import published_tensors
 from fullweight.evidence.coverage import published_parameters
 from fullweight.evidence.coverage_report import differences, report
-from fullweight.evidence.tensor_coverage import cover, kind_of, layer_of
+from fullweight.evidence.kinds import kind_of, layer_of
+from fullweight.evidence.tensor_coverage import cover
 from fullweight.models.deepseek_v4.config import PRESETS, DeepSeekV4Config
 from fullweight.models.deepseek_v4.convert import stacks
 from fullweight.models.deepseek_v4.init import initialise

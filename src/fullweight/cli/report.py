@@ -1,0 +1,69 @@
+"""`fullweight report`: one page of a run or a bundle, or of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fullweight.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fullweight.audit.verify import Report
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="run folder or sealed bundle; or several")],
+    *,
+    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the same data here")] = None,
+    public_key: Annotated[Path | None, typer.Option(help="key whose signature of a bundle you trust")] = None,
+) -> None:
+    """Write one page that needs no network: claims, curves, coverage, and the ledger's lines behind them.
+
+    The claims of a bundle are verified first, as `fullweight verify` does without the folder of the run.
+    """
+    import json
+
+    from fullweight.audit.signing import Trust
+    from fullweight.audit.verify import verify
+    from fullweight.evidence.bundle import LIST
+    from fullweight.report.document import write_report
+    from fullweight.report.record import raw_lines, record
+
+    for file in (out, json_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+    records = []
+    for root in runs:
+        sealed = (root / LIST).is_file()
+        verdicts = _verdicts(verify(root, trust=Trust(public_key))) if sealed else []
+        records.append(record(root, verdicts))
+    write_report(out, records, [raw_lines(root) for root in runs])
+    if json_file is not None:
+        text = json.dumps({"format": 1, "runs": records}, indent=1, allow_nan=False)
+        json_file.write_text(text + "\n", encoding="utf-8")
+    typer.echo(f"report: {out}")
+
+
+def _verdicts(report: Report) -> list[dict[str, Any]]:
+    """Claims with their verdict, and every rule that does not hold."""
+    from fullweight.cli.verify import shown
+
+    found = [
+        {
+            "name": v.claim,
+            "value": shown(v.value, v.unit).plain,
+            "status": str(v.status),
+            "told": v.told,
+            "statement": v.statement,
+        }
+        for v in report.verdicts
+    ]
+    rules = [
+        {"name": f.rule, "value": "", "status": str(f.status), "told": f.told, "statement": "a rule"}
+        for f in report.findings
+        if str(f.status) != "holds"
+    ]
+    return found + rules
