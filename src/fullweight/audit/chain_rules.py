@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from fullweight.audit.rule import rule
 from fullweight.audit.subject import Subject, segment_configs
 from fullweight.evidence.bundle import CONFIG, MANIFEST, MODEL, open_plain
-from fullweight.evidence.lines import GENESIS, EventLine, Placed, StepLine, begins
+from fullweight.evidence.ledger import GENESIS
+from fullweight.evidence.lines import EventLine, Placed, StepLine, begins
 
 LEDGER_FORMAT = 2
 _SIGNED_BY_SEGMENTS = ("start", "resume")

@@ -13,7 +13,6 @@ indexer, so neither is compared here. Both models, their gradients and activatio
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from fullweight.core.strict_json import parse_json
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.models.deepseek_v4.block import Sublayers
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.convert import transformers_name
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 
 FORWARD_BOUND = 1e-4
@@ -41,35 +41,6 @@ BACKWARD_BOUND = 5e-4
 
 _NEGLIGIBLE = 1e-6  # share of the whole gradient below which a gradient is rounding, and held to that absolutely
 _BYTES_PER_PARAMETER = 16  # two models in fp32 and their gradients
-
-_RENAMES = [
-    (r"^embed\.", "model.embed_tokens."),
-    (r"^head\.", "lm_head."),
-    (r"^norm\.", "model.norm."),
-    (r"^hc_head_", "model.hc_head.hc_"),
-    (r"^layers\.", "model.layers."),
-    (r"\.attn_norm\.", ".input_layernorm."),
-    (r"\.ffn_norm\.", ".post_attention_layernorm."),
-    (r"\.hc_(attn|ffn)_", r".\1_hc."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.attn_sink$", ".sinks"),
-    (r"\.indexer\.compressor\.", ".compressor.indexer."),
-    (r"\.self_attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
-    (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
-    (r"(compressor(?:\.indexer)?)\.norm\.", r"\1.kv_norm."),
-    (r"\.ape$", ".position_bias"),
-    (r"\.q_norm\.", ".q_a_norm."),
-    (r"\.wq_a\.", ".q_a_proj."),
-    (r"\.wq_b\.", ".q_b_proj."),
-    (r"\.wkv\.", ".kv_proj."),
-    (r"\.wgate\.", ".gate_proj."),
-    (r"\.wo_a\.", ".o_a_proj."),
-    (r"\.wo_b\.", ".o_b_proj."),
-    (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
-    (r"\.experts\.gate_up$", ".experts.gate_up_proj"),
-    (r"\.experts\.down$", ".experts.down_proj"),
-]
 
 
 @dataclass(frozen=True)
@@ -169,23 +140,25 @@ def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors named as in our model under transformers' names; the MTP block is dropped."""
     renamed = {}
     for ours, tensor in tensors.items():
-        if ours.startswith("mtp."):
-            continue
-        prefix, _, kind = ours.rpartition(".shared_experts.")
-        if prefix:
-            stem = f"model.{prefix.replace('.ffn', '.mlp')}.shared_experts."
-            if kind == "down":
-                renamed[stem + "down_proj.weight"] = tensor
-            else:
-                half = tensor.shape[0] // 2
-                renamed[stem + "gate_proj.weight"] = tensor[:half]
-                renamed[stem + "up_proj.weight"] = tensor[half:]
-            continue
-        name = ours
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        for published, part in _published(ours, tensor):
+            if (name := transformers_name(published)) is not None:
+                renamed[name] = part
     return renamed
+
+
+def _published(ours: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Published names of a tensor of ours: a stack of experts by its first one, the shared expert's parts."""
+    stem, _, kind = ours.rpartition(".")
+    first = "w2" if kind == "down" else "w1"
+    if stem.endswith(".ffn.experts"):
+        yield f"{stem}.0.{first}.weight", tensor
+    elif stem.endswith(".shared_experts") and kind == "gate_up":
+        gate, up = tensor.chunk(2)
+        yield from ((f"{stem}.w1.weight", gate), (f"{stem}.w3.weight", up))
+    elif stem.endswith(".shared_experts"):
+        yield f"{stem}.{first}.weight", tensor
+    else:
+        yield ours, tensor
 
 
 def _transformers(folder: Path, documents: list[list[int]]) -> tuple[_Seen, float, dict[str, Tensor | None]]:

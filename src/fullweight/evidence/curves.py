@@ -115,12 +115,14 @@ def _of_run(path: Path) -> Curve:
         }
         for name, value in numbers.items():
             if value is not None:
-                rows.setdefault(name, {})[line["step"]] = _number(value)
+                rows.setdefault(name, {})[line["step"]] = float(
+                    value
+                )  # a ledger writes a number that is not finite as its name
     for line in lines:
         if line["kind"] == "eval":
             for name, value in ((HELD_OUT, line["loss"].get(LOSS)), ("score", line.get("score"))):
                 if value is not None:
-                    rows.setdefault(name, {})[line["step"]] = _number(value)
+                    rows.setdefault(name, {})[line["step"]] = float(value)
     series = {name: Series.of(points) for name, points in rows.items()}
     return Curve(path.name, path, "run", series, losses, _facts(path))
 
@@ -249,8 +251,3 @@ def _plain(name: str) -> str:
 
 def _listed(names: Mapping[str, Any] | list[str]) -> str:
     return ", ".join(names) or "none"
-
-
-def _number(value: Any) -> float:
-    """A ledger writes a number that is not finite as its name."""
-    return float(value)

@@ -95,7 +95,7 @@ class Ledger:
         """Write one line, after those held back; returns the disk's refusal, with which the line is held too."""
         with self._lock:
             chained = {"time": self._clock(), "previous": self._last}
-            entry = {"kind": kind, "step": step, **chained, **_finite(values)}
+            entry = {"kind": kind, "step": step, **chained, **finite(values)}
             line = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode()
             self._count(line)
             self._held.append(line + b"\n")
@@ -245,12 +245,12 @@ def _entry(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     return entry
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: a non-finite number becomes its name, so that every reader parses every line."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

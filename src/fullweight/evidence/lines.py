@@ -18,9 +18,8 @@ from pydantic import Field
 
 from fullweight.core.strict_json import parse_strict
 from fullweight.evidence.bundle import LEDGER, RefusedError, Stated, bounded_lines, stated
+from fullweight.evidence.ledger import GENESIS
 
-GENESIS = "0" * 64
-"""What the first line has as `previous`."""
 Number = float | Literal["nan", "inf", "-inf"]
 """JSON has no NaN: a non-finite number is written as its name."""
 Count = Annotated[int, Field(ge=0, le=10**18)]

@@ -130,10 +130,6 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {name: quantile(values, share) for name, share in (("median", 0.5), ("p5", 0.05), ("p95", 0.95))}
 
 
-def _rates(steps: Sequence[StepLine], overall: float) -> dict[str, float]:
-    return {"overall": overall, **_quantiles([s.tokens.real / s.total_seconds for s in steps])}
-
-
 def _mfu(steps: Sequence[StepLine], flops: FlopsRule | None, total: float) -> dict[str, Any]:
     unknown = {"overall": None, "median": None, "p5": None, "p95": None}
     if not steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from plotly.io import to_html
 
 from fullweight.evidence.compare import Comparison, Interval, Side, aligned, relative
 from fullweight.evidence.curves import HELD_OUT, LOSS
+from fullweight.evidence.ledger import finite
 from fullweight.evidence.parting import Parting
 from fullweight.report.page import write_page
 
@@ -36,7 +36,7 @@ def described(comparison: Comparison, sides: Sequence[Side], partings: Sequence[
         weights = None if parting is None else {**asdict(parting), "told": str(parting)}
         pairs.append({**asdict(pair), "loss": curve, "weights": weights})
     runs = {side.name: [{"path": str(c.path), "kind": c.kind, **c.facts} for c in side.curves] for side in sides}
-    return _finite({**asdict(comparison), "pairs": pairs, "runs": runs})
+    return finite({**asdict(comparison), "pairs": pairs, "runs": runs})
 
 
 def cost_rows(comparison: Comparison) -> list[list[str]]:
@@ -127,12 +127,3 @@ def _told(value: Interval | None, *, percent: bool = False) -> str:
     if value.low is None or value.high is None:
         return middle
     return f"{middle} [{value.low * scale:,.4g}, {value.high * scale:,.4g}]"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN; they become their names, as in the ledger."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,12 +1,13 @@
 """Parity with transformers' DeepseekV4ForCausalLM: its model from ours, and the comparison.
 
-The map from our names to transformers' is that of `fullweight parity`, which shares nothing with the export.
+The map from our names to transformers' is written here by hand and shares nothing with the package's export.
 transformers runs each document of a pack in a call of its own, eagerly, without cache.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullweight.audit.parity import transformers_names
 from fullweight.checkpoint.hf import export_checkpoint, load_model
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.ops import available_operations
@@ -37,6 +37,58 @@ class Errors:
     num_parameters: int
 
 
+_RENAMES = [
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^norm\.", "model.norm."),
+    (r"^hc_head_", "model.hc_head.hc_"),
+    (r"^layers\.", "model.layers."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.hc_(attn|ffn)_", r".\1_hc."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.attn_sink$", ".sinks"),
+    (r"\.indexer\.compressor\.", ".compressor.indexer."),
+    (r"\.self_attn\.indexer\.wq_b\.", ".self_attn.compressor.indexer.q_b_proj."),
+    (r"\.self_attn\.indexer\.weights_proj\.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+    (r"(compressor(?:\.indexer)?)\.norm\.", r"\1.kv_norm."),
+    (r"\.ape$", ".position_bias"),
+    (r"\.q_norm\.", ".q_a_norm."),
+    (r"\.wq_a\.", ".q_a_proj."),
+    (r"\.wq_b\.", ".q_b_proj."),
+    (r"\.wkv\.", ".kv_proj."),
+    (r"\.wgate\.", ".gate_proj."),
+    (r"\.wo_a\.", ".o_a_proj."),
+    (r"\.wo_b\.", ".o_b_proj."),
+    (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
+    (r"\.experts\.gate_up$", ".experts.gate_up_proj"),
+    (r"\.experts\.down$", ".experts.down_proj"),
+]
+
+
+def hf_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors named as in our model under transformers' names; the MTP block is dropped."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("mtp."):
+            continue
+        prefix, _, kind = name.rpartition(".shared_experts.")
+        if prefix:
+            stem = f"model.{prefix.replace('.ffn', '.mlp')}.shared_experts."
+            if kind == "down":
+                renamed[stem + "down_proj.weight"] = tensor
+            else:
+                half = tensor.shape[0] // 2
+                renamed[stem + "gate_proj.weight"] = tensor[:half]
+                renamed[stem + "up_proj.weight"] = tensor[half:]
+            continue
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)  # noqa: PLW2901 - rules apply in turn
+        renamed[name] = tensor
+    return renamed
+
+
 def build_hf(model: DeepSeekV4) -> nn.Module:
     """transformers' model from our config.json and weights, fp32 and eager."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
@@ -47,7 +99,7 @@ def build_hf(model: DeepSeekV4) -> nn.Module:
     assert config.qk_rope_head_dim == model.config.qk_rope_head_dim
     assert config.rope_parameters["compress"]["rope_type"] == "yarn"
     hf = DeepseekV4ForCausalLM(config).float()
-    result = hf.load_state_dict(transformers_names(model.state_dict()), strict=False)
+    result = hf.load_state_dict(hf_tensors(model.state_dict()), strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     assert all("inv_freq" in name for name in result.missing_keys), result.missing_keys
     return hf
@@ -88,7 +140,7 @@ def measure(case: Case, ops: str) -> Errors:
         relative_to_largest(ours, theirs) for ours, theirs in zip(logits, expected.logits, strict=True)
     )
     model(make_batch(expected.documents, case.config)).losses["lm"].backward()
-    gradients = transformers_names(
+    gradients = hf_tensors(
         {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     )
     trained = {n: g for n, g in expected.gradients.items() if g is not None}
