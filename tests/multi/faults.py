@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     elif here and fault["do"] == "config":
         arguments = [*arguments, "--set", "train.seed=7"]
     elif here and fault["do"] == "environment":
-        os.environ["NCCL_ALGO"] = "Ring"
+        os.environ["GLOO_DEVICE_TRANSPORT"] = "TCP"
     elif here and fault["do"] == "code":
         agreement.code_digest = lambda: "0" * 64
     elif here and fault["do"] == "absent":

@@ -72,7 +72,7 @@ def test_a_killed_rank_is_named_with_what_goes_on(tmp_path: Path) -> None:
 def test_the_odd_one_of_three_is_named(tmp_path: Path) -> None:
     """By an environment variable that changes how ranks talk."""
     message = the_message(train(tmp_path / "run", "rank=2 do=environment", "train.rows_per_step=3", ranks=3))
-    assert "environment variable NCCL_ALGO: rank 2 has Ring, ranks 0-1 have nothing" in message
+    assert "environment variable GLOO_DEVICE_TRANSPORT: rank 2 has TCP, ranks 0-1 have nothing" in message
 
 
 @pytest.mark.slow

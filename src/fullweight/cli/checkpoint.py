@@ -23,19 +23,19 @@ _GIVE = f"give the {_EITHER}"
 
 @checkpoint_app.command("ls")
 def ls_command(run: Annotated[Path, typer.Argument(help=_RUN)]) -> None:
-    """List a run's checkpoints, oldest first; `verify` reads them."""
+    """List a run's checkpoints, oldest first, `verify` reads them; exit status 1 when one shows damage."""
     from rich.table import Table
 
     from fullweight.checkpoint import generations
     from fullweight.checkpoint.manifest import CorruptError, read_manifest
 
     folder = _folder(run)
+    damaged: list[str] = []  # told below the table, whose width they would take
     try:
         pointer = generations.read_pointer(folder)
     except CorruptError as error:
         pointer = None
-        typer.echo(str(error), err=True)
-    damaged: list[str] = []  # told below the table, whose width they would take
+        damaged.append(str(error))
     table = Table(box=None)
     for name in ("checkpoint", "step", "written (UTC)", "ranks", "MB", "torch", ""):
         table.add_column(name, no_wrap=True)
@@ -62,6 +62,8 @@ def ls_command(run: Annotated[Path, typer.Argument(help=_RUN)]) -> None:
         typer.echo(f"no checkpoint in {folder}")
     for reason in damaged:
         typer.secho(f"damaged: {reason}", fg="red")
+    if damaged:
+        raise typer.Exit(1)
 
 
 @checkpoint_app.command("verify")

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fullweight.core.errors import ConfigError
 from fullweight.devices.base import Device, MemoryUse, Topology, links_of, tool, visible
+from fullweight.devices.power import Elsewhere, PowerMeter, Readings
 
 FALLBACK = "TORCH_NPU_FALLBACK_CPU_DISABLE"
 _ALLOWED = "FULLWEIGHT_ALLOW_CPU_FALLBACK"
-_DETERMINISTIC = "HCCL_DETERMINISTIC"
 _DIES = {"Ascend910_93": 2, "Ascend910B": 1}
 """Devices of one chip, by the beginning of the name; of others it is unknown."""
 
@@ -50,7 +50,6 @@ class Ascend(Device):
 
     name = "ascend"
     type = "npu"
-    variables = ("ACL_", "ASCEND_LAUNCH_", "HCCL_", "INF_NAN_MODE_", "LCCL_", "NPU_", "P2P_HCCL_", "TASK_QUEUE_")
     packages = ("torch_npu",)
     lost_peer = (
         *("Some HCCL operations have failed or timed out", "Watchdog caught collective operation timeout"),
@@ -112,19 +111,6 @@ class Ascend(Device):
     def set_rng_state(self, state: Tensor) -> None:
         self._npu.set_rng_state(state)
 
-    def set_deterministic(self, on: bool) -> None:
-        """HCCL has its own variable, read when a communicator is made; its opposite is refused.
-
-        A run with a recipe has set it before (`doctor/applied.py`).
-        """
-        given = os.environ.get(_DETERMINISTIC)
-        if on and given is not None and given.lower() not in {"true", "strict"}:
-            raise ConfigError(
-                f"parallel.deterministic = true and {_DETERMINISTIC}={given} exclude each other; unset the "
-                "variable, or set it to true or strict"
-            )
-        super().set_deterministic(on)
-
     @contextmanager
     def range(self, name: str) -> Iterator[None]:
         mstx = self._npu.mstx
@@ -136,6 +122,13 @@ class Ascend(Device):
 
     def watts(self) -> float | None:
         return chip_watts(tool("npu-smi", "info"), self._numbers()[self._npu.current_device()])
+
+    def power_meter(self) -> PowerMeter:
+        """The tool tells of the whole machine at once: its first rank asks for all of them, the others do not."""
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return Elsewhere()
+        numbers = self._numbers()[: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))]
+        return Readings(lambda: dies_watts(tool("npu-smi", "info"), numbers))
 
     def chip(self) -> str:
         return str(self._npu.get_device_name())
@@ -153,6 +146,12 @@ class Ascend(Device):
 
     def _numbers(self) -> list[int]:
         return visible(os.environ.get("ASCEND_RT_VISIBLE_DEVICES"), self.count())
+
+
+def dies_watts(text: str | None, numbers: Sequence[int]) -> float | None:
+    """Power of several dies; None when that of any is unknown."""
+    watts = [chip_watts(text, number) for number in numbers]
+    return None if None in watts else sum(w for w in watts if w is not None)
 
 
 def chip_watts(text: str | None, number: int) -> float | None:

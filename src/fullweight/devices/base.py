@@ -57,8 +57,6 @@ class Device(ABC):
     """As torch has it."""
     separate_memory: ClassVar[bool] = True
     """Whether its memory is its own and not the host's, which the ranks of a machine share."""
-    variables: ClassVar[tuple[str, ...]] = ()
-    """Beginnings of environment variables that change its results or its communication."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Python packages that it needs beside torch, for the run's record."""
     lost_peer: ClassVar[tuple[str, ...]] = ()
@@ -120,7 +118,7 @@ class Device(ABC):
         """Power now, in W. Of a chip that holds several devices, this one's even share, so that ranks add up."""
 
     def power_meter(self) -> PowerMeter:
-        """A meter of what `watts` tells, for stretches of time such as a step."""
+        """A meter for stretches of time such as a step; those of a machine's ranks add up to its power."""
         index = torch.accelerator.current_device_index()  # a thread begins on the first device
         return Readings(self.watts, enter=lambda: torch.accelerator.set_device_index(index))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fullweight.core.machine import available_memory_bytes, total_memory_bytes
 from fullweight.devices.base import Device, MemoryUse, Topology
-from fullweight.devices.power import EnergyCounters, PowerMeter
+from fullweight.devices.power import Elsewhere, EnergyCounters, PowerMeter
 
 _POWERCAP = Path("/sys/class/powercap")
 _POWER_SECONDS = 0.1
@@ -26,7 +27,6 @@ class Cpu(Device):
     name = "cpu"
     type = "cpu"
     separate_memory = False
-    variables = ("GLOO_", "KMP_", "MKL_", "OMP_")
     lost_peer = (
         *("Connection closed by peer", "Connection reset by peer", "Socket unexpectedly closed", "Broken pipe"),
         *("Application timeout caused pair closure", "Timed out waiting"),
@@ -79,7 +79,7 @@ class Cpu(Device):
         return meter.watts()
 
     def power_meter(self) -> PowerMeter:
-        return EnergyCounters(energy_joules)
+        return EnergyCounters(energy_joules) if os.environ.get("LOCAL_RANK", "0") == "0" else Elsewhere()
 
     def chip(self) -> str:
         try:

@@ -23,7 +23,6 @@ class Cuda(Device):
 
     name = "cuda"
     type = "cuda"
-    variables = ("CUBLAS_", "CUDNN_", "NCCL_", "NVIDIA_TF32_")
     lost_peer = ("ncclRemoteError", "communicator was aborted")
 
     @classmethod

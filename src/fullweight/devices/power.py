@@ -65,6 +65,21 @@ class EnergyCounters(PowerMeter):
         """Nothing is kept open."""
 
 
+class Elsewhere(PowerMeter):
+    """Of a rank whose power another rank of its machine tells: nothing to add."""
+
+    source = "another rank of the machine"
+
+    def begin(self) -> None:
+        """Nothing begins."""
+
+    def watts(self) -> float | None:
+        return 0.0
+
+    def close(self) -> None:
+        """Nothing is kept open."""
+
+
 class Readings(PowerMeter):
     """From a tool that takes long: `read` is called every `every` seconds, in a thread that `enter` prepares."""
 

@@ -28,6 +28,9 @@ _RECORDED = (
     *("TORCH", "PYTORCH", "PYTHON", "CUDA_", "ATB_", "LCCL_"),
     *("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "LD_", "MALLOC_", "GLIBC_TUNABLES"),
 )
+# What changes results on any device, in the table or not; of names outside of it these ends tell of one machine.
+_SHARED = (*("TORCH_", "PYTORCH_", "CUDNN_", "LCCL_", "ATB_"), *("OMP_", "GOMP_", "KMP_", "MKL_"))
+_OF_ONE_MACHINE = ("_IFNAME", "_IF_IP", "_PORT", "_HOSTID", "_FILE", "_DIR", "_PATH", "_HOME", "_RANK", "_PSK")
 _LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _NEAR, _NEAR_WITH_PREFIX, _LONG = 1, 2, 12
 
@@ -144,13 +147,15 @@ def recorded(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def shared(environment: Mapping[str, str], device: str) -> dict[str, str]:
-    """The device's variables that are set and must be equal on all ranks."""
-    table = relevant(device)
-    return {
-        n: v
-        for n, v in sorted(environment.items())
-        if (n in table and not table[n].per_rank) or (n not in variables() and meant_for(n, device))
-    }
+    """Variables that are set, matter to results or communication on the device, and must be equal on all ranks."""
+    return {name: value for name, value in sorted(environment.items()) if _must_agree(name, device)}
+
+
+def _must_agree(name: str, device: str) -> bool:
+    known = variables().get(name)
+    if known is not None:
+        return known.device in (device, ANY) and not known.per_rank and not known.secret
+    return (meant_for(name, device) or name.startswith(_SHARED)) and not name.endswith(_OF_ONE_MACHINE)
 
 
 def edits(a: str, b: str) -> int:

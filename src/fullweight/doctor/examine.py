@@ -168,14 +168,13 @@ def status_of(job: Job, findings: Sequence[Finding]) -> int:
 
 
 def glance(wish: Wish, device: Device) -> Facts:
-    """What a run looks at before it starts: this rank's facts without self-tests or slow tools."""
+    """What a run looks at before it starts: this rank's facts without self-tests."""
     return gather_facts(
         device.name,  # type: ignore[arg-type]
         device,
         run_folder=wish.run_folder,
         asked=wish.device,
         applied=wish.applied,
-        with_links=False,
     )
 
 

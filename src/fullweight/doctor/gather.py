@@ -43,11 +43,10 @@ def gather_facts(
     operations_set: str = "",
     operations: Iterable[OperationResult] = (),
     applied: Mapping[str, str] | None = None,
-    with_links: bool = True,
 ) -> Facts:
     """This rank's facts; `device` is None when the one called `name` cannot be used.
 
-    `with_links` asks the vendor's tool, which can take seconds.
+    Links are a machine's, and the vendor's tool that tells them can take seconds: local rank 0 asks it for all.
     """
     environment = dict(os.environ)
     return Facts(
@@ -61,7 +60,7 @@ def gather_facts(
         hardware={kind: count for kind in _NODES if (count := _present(kind))},
         operations_set=operations_set,
         versions=versions(name, environment),
-        devices=Devices(present=_present(name)) if device is None else _devices(device, environment, with_links),
+        devices=Devices(present=_present(name)) if device is None else _devices(device, environment),
         host=_host(run_folder, environment),
         environment=kept(environment, name),
         applied=dict(applied or {}),
@@ -143,13 +142,13 @@ def _required_torch() -> str | None:
     return None
 
 
-def _devices(device: Device, environment: Mapping[str, str], with_links: bool) -> Devices:
+def _devices(device: Device, environment: Mapping[str, str]) -> Devices:
     if not device.separate_memory:
         return Devices(count=1, chips=(device.chip(),), memory_bytes=(device.memory().total,))
     count = device.count()
     listed = environment.get(_VISIBLE.get(device.name, ""), "")
     numbers = [int(n) for n in listed.split(",") if n.strip().isdigit()] or list(range(count))
-    links = device.topology().links if with_links else None
+    links = device.topology().links if environment.get("LOCAL_RANK", "0") == "0" else None
     chips, memory = [], []
     alone = "LOCAL_RANK" not in environment  # other ranks tell of their own devices
     for index in range(count) if alone else [int(environment["LOCAL_RANK"])]:

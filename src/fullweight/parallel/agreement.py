@@ -1,10 +1,9 @@
 """Before the first step every rank proves that it runs the same thing: one digest each, details on a mismatch.
 
-Facts are texts by name: digest of the package's files, versions, the configuration key by key, environment
-variables that change results or communication. One all-gather of 32 bytes a rank compares them; when digests
-differ, the facts themselves are gathered and the ranks that differ from most are named with both values.
-
-Left out: variables that rightly differ between machines (network interfaces, addresses, ports, files, folders).
+Facts are texts by name: digest of the package's files, versions, and what the caller adds, such as the
+configuration key by key and the variables that the device's software reads. One all-gather of 32 bytes a rank
+compares them; when digests differ, the facts themselves are gathered and the ranks that differ from most are named
+with both values.
 """
 
 from __future__ import annotations
@@ -27,12 +26,7 @@ from fullweight.core.errors import TrainingError
 from fullweight.devices import DEVICES
 from fullweight.parallel.rendezvous import named
 
-_PREFIXES = (
-    *("FULLWEIGHT_", "PYTHONHASHSEED", "PYTORCH_", "TORCH_"),
-    *(prefix for kind in DEVICES.values() for prefix in kind.variables),
-)
-_SECRET = ("_PSK",)  # not to be gathered or printed
-_RIGHTLY_DIFFERENT = ("_IFNAME", "_IF_IP", "_PORT", "_HOSTID", "_FILE", "_DIR", "_PATH", "_HOME", "_RANK")
+_OWN_VARIABLES = ("FULLWEIGHT_", "PYTHONHASHSEED")
 _PACKAGES = (
     *("fullweight", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors"),
     *(package for kind in DEVICES.values() for package in kind.packages),
@@ -43,15 +37,20 @@ _ABSENT = "nothing"
 
 
 def standing(size: int) -> dict[str, str]:
-    """Facts about the process: code, versions, environment, number of ranks."""
+    """Facts about the process: code, versions, this package's own variables, number of ranks."""
     facts = {"code": code_digest(), "python": platform.python_version(), "torch": str(torch.__version__)}
     for name in _PACKAGES:
         try:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             facts[name] = _ABSENT
-    facts |= {f"environment variable {name}": value for name, value in os.environ.items() if _matters(name)}
+    facts |= as_facts({n: v for n, v in os.environ.items() if n.startswith(_OWN_VARIABLES)})
     return facts | {"number of ranks": str(size), "threads of a rank": str(torch.get_num_threads())}
+
+
+def as_facts(variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables as ranks compare them."""
+    return {f"environment variable {name}": value for name, value in variables.items()}
 
 
 def flat(values: Mapping[str, Any], prefix: str) -> dict[str, str]:
@@ -113,10 +112,6 @@ def disagreement(facts: list[Mapping[str, str]]) -> str:
             differences.append(f"{name}: {', '.join(said)}")
     more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"the ranks do not run the same thing. {'; '.join(differences[:_SHOWN])}{more}. Start all ranks alike"
-
-
-def _matters(name: str) -> bool:
-    return name.startswith(_PREFIXES) and not name.endswith((*_RIGHTLY_DIFFERENT, *_SECRET))
 
 
 def _commit() -> str | None:

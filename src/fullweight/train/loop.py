@@ -8,6 +8,7 @@ written. Under torchrun every rank runs this function; rank 0 alone prints and w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,13 +29,14 @@ from fullweight.data.identify import Identifying
 from fullweight.data.synth import check
 from fullweight.data.tokenised import told_counts
 from fullweight.devices import absent, find, of
+from fullweight.doctor.environment import shared
 from fullweight.evidence import manifest as manifests
 from fullweight.evidence.ledger import FORMAT, Ledger
 from fullweight.models.deepseek_v4.cache import generate
 from fullweight.ops import implementations
 from fullweight.optim.groups import set_learning_rate
 from fullweight.optim.schedule import lr_factor
-from fullweight.parallel.agreement import flat
+from fullweight.parallel.agreement import as_facts, flat
 from fullweight.parallel.deterministic import deterministic
 from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble, check_disk
@@ -173,8 +175,12 @@ def _resume(
 def joined_for(config: RunConfig) -> Iterator[Ranks]:
     """The ranks of the run, on its device and in its mode."""
     applied = prepare(config)
-    mode = deterministic(config.parallel.deterministic, find(config.train.device))
-    with mode, joined(config.train.device, config.launch, _facts(config)) as ranks:
+    device = find(config.train.device)
+    facts = _facts(config) | as_facts(shared(os.environ, device.name))
+    with (
+        deterministic(config.parallel.deterministic, device),
+        joined(config.train.device, config.launch, facts) as ranks,
+    ):
         require_ready(config, applied, ranks)
         yield ranks
 

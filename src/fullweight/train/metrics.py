@@ -8,7 +8,6 @@ The record carries the convention and the peak, because a bare percentage means 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -121,10 +120,8 @@ def _pairs(model: DeepSeekV4, document_lengths: Sequence[int]) -> Tensor:
     return torch.tensor([float(getattr(found, name)) for name in _PAIRS], dtype=torch.float64)
 
 
-def _power(device: torch.device, meter: PowerMeter) -> Tensor:
-    """[watts, whether they are unknown], so that ranks add up: ranks of a machine share the host's counters."""
-    if not separate(device) and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        return torch.zeros(2, dtype=torch.float64)
+def _power(meter: PowerMeter) -> Tensor:
+    """[watts, whether they are unknown], so that ranks add up."""
     watts = meter.watts()
     return torch.tensor([0.0, 1.0] if watts is None else [watts, 0.0], dtype=torch.float64)
 
@@ -152,7 +149,7 @@ def step_record(
     own = model_flops(model, result.document_lengths) if ranks.counts_row else 0
     own_flops = torch.tensor([float(own)], dtype=torch.float64)
     pairs = _pairs(model, result.document_lengths) * float(ranks.counts_row)
-    added = ranks.reduce(torch.cat((own_flops, _power(ranks.device, power), pairs, fed.shares(batches, ranks))))
+    added = ranks.reduce(torch.cat((own_flops, _power(power), pairs, fed.shares(batches, ranks))))
     flops, watts, unknown = added[:3].tolist()
     # forward alone where parameters are frozen, as in `model_flops`
     flops -= result.num_dropped * choice_flops(model.config) * (3 if parameters.all_trained else 1)

@@ -40,11 +40,11 @@ def test_what_is_no_run_is_refused(command: str, tmp_path: Path, capsys: pytest.
 
 
 def test_a_damaged_one_is_told_whole(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`ls` has room for the reason, `verify` fails with it, `prune` keeps the one that verifies."""
+    """`ls` has room for the reason and fails too, `verify` fails with it, `prune` keeps the one that verifies."""
     manifest = run_folder / "checkpoints" / "step-2" / "manifest.json"
     manifest.write_text("[]")
     reason = f"damaged: {manifest.parent}: manifest.json has SHA-256 "
-    assert run("ls", run_folder) == 0
+    assert run("ls", run_folder) == 1
     listed = capsys.readouterr().out
     assert reason in listed
     assert "written (UTC)" in listed

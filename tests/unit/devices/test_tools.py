@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
-import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import get_args
@@ -16,7 +16,7 @@ from fullweight.core.errors import ConfigError
 from fullweight.devices import DEVICES, DeviceName, find, of
 from fullweight.devices import ascend as ascend_module
 from fullweight.devices import cpu as cpu_module
-from fullweight.devices.ascend import Ascend, chip_watts
+from fullweight.devices.ascend import Ascend, chip_watts, dies_watts
 from fullweight.devices.base import links_of, tool, visible
 from fullweight.devices.cpu import Cpu, energy_joules
 from fullweight.devices.cuda import Cuda, power_draw
@@ -85,6 +85,28 @@ def test_power_of_dies_adds_up_to_their_chips() -> None:
     watts = [chip_watts(TWO_DIES, number) for number in range(4)]
     assert watts == [211.3 / 2, 211.3 / 2, 210.6 / 2, 210.6 / 2]
     assert chip_watts(TWO_DIES, 4) is None
+    assert dies_watts(TWO_DIES, range(4)) == pytest.approx(211.3 + 210.6)
+    assert dies_watts(TWO_DIES, [1, 2]) == pytest.approx((211.3 + 210.6) / 2)
+    assert dies_watts(TWO_DIES, [0, 4]) is None, "a part is not a guess at all"
+
+
+def test_one_rank_of_a_machine_asks_for_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reading is of all dies of the machine's ranks; the others add nothing and start no tool."""
+    asked = []
+    monkeypatch.setattr(ascend_module, "tool", lambda *command: asked.append(command) or TWO_DIES)
+    monkeypatch.setattr(Ascend, "_numbers", lambda _self: [0, 1, 2, 3])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    told = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        meter = Ascend().power_meter()
+        meter.begin()
+        while rank == 0 and meter.watts() is None:  # the thread reads at once
+            time.sleep(0.01)
+        told.append(meter.watts())
+        meter.close()
+    assert told == [pytest.approx(211.3 + 210.6 / 2), 0.0, 0.0]
+    assert asked == [("npu-smi", "info")]
 
 
 def test_power_of_a_chip_with_one_die() -> None:
@@ -227,18 +249,3 @@ def test_a_rank_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"LOCAL_RANK is 2 and this process sees 2 CUDA device"):
         Cuda().device(2)
     assert chosen == [1]
-
-
-def test_deterministic_mode_and_hccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable that agrees is left as it is, its opposite is refused; a recipe sets it (test_applied.py)."""
-    device = Ascend()
-    for agreeing in ("true", "strict"):
-        monkeypatch.setenv("HCCL_DETERMINISTIC", agreeing)
-        device.set_deterministic(True)
-        assert torch.are_deterministic_algorithms_enabled()
-        device.set_deterministic(False)
-        assert os.environ["HCCL_DETERMINISTIC"] == agreeing
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
-    with pytest.raises(ConfigError, match="HCCL_DETERMINISTIC=false exclude each other"):
-        device.set_deterministic(True)
-    assert not torch.are_deterministic_algorithms_enabled()

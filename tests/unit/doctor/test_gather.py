@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fullweight.devices.ascend import Ascend
 from fullweight.doctor import gather
 from fullweight.doctor.compare import check_job
 from fullweight.doctor.examine import Wish, glance, job_of
-from fullweight.doctor.findings import Severity
+from fullweight.doctor.findings import Severity, blocking, refusal
 
 
 @pytest.mark.parametrize(
@@ -88,8 +89,8 @@ def test_a_device_that_cannot_be_used_still_has_facts(tmp_path: Path) -> None:
 class Dies(Ascend):
     """Sixteen dies of a 910C, or of another chip, as torch_npu would tell of them."""
 
-    def __init__(self, chip: str) -> None:
-        self.name_of_chip = chip
+    def __init__(self, chip: str, link: str = "HCCS") -> None:
+        self.name_of_chip, self.link = chip, link
 
     def count(self) -> int:
         return 16
@@ -104,11 +105,14 @@ class Dies(Ascend):
         return MemoryUse(0, 0, 0, 1 << 36, 1 << 36)
 
     def topology(self) -> Topology:
-        raise AssertionError("a run does not wait for the vendor's tool before it starts")
+        assert os.environ["LOCAL_RANK"] == "0", "one rank of a machine asks the vendor's tool"
+        links = [["X" if i == j else "HCCS" for j in range(16)] for i in range(16)]
+        links[3][7] = links[7][3] = self.link
+        return Topology(16, 2, 1 << 36, tuple(map(tuple, links)))
 
 
 def test_a_run_sees_a_missing_die_and_mixed_chips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what it looks at before it starts (`train/ready.py`), without the tools that take seconds."""
+    """In what it looks at before it starts (`train/ready.py`)."""
     monkeypatch.setattr(gather, "_present", lambda name: 15 if name == "ascend" else None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     wish, machines = Wish(device="ascend"), []
@@ -120,3 +124,20 @@ def test_a_run_sees_a_missing_die_and_mixed_chips(monkeypatch: pytest.MonkeyPatc
     assert {"dies", "chips"} <= errors.keys()
     assert errors["dies"].startswith("rank 0 on ")
     assert errors["chips"].startswith("rank 2 on ")
+
+
+def test_a_run_sees_a_link_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops the start, naming what to accept to go on all the same; healthy links say nothing."""
+    monkeypatch.setattr(gather, "_present", lambda name: 16 if name == "ascend" else None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    for link, expected in (("HCCS", 0), ("PHB", 1)):
+        machines = []
+        for rank in range(2):
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            machines.append(glance(Wish(device="ascend"), Dies("Ascend910_9391", link)))
+        job = job_of(Wish(device="ascend"), machines)
+        stops = [f for f in blocking(check_job(job), ()) if f.name == "links"]
+        assert len(stops) == expected
+        assert not [f for f in blocking(check_job(job), ("links",)) if f.name == "links"]
+    assert "3-7 PHB" in stops[0].found
+    assert 'device.accept = ["links"]' in refusal(stops)
