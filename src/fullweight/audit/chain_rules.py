@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
-from fullweight.audit.rule import rule
+from fullweight.audit.rule import NotCheckableError, rule
 from fullweight.audit.subject import Subject, segment_configs
 from fullweight.evidence.bundle import CONFIG, MANIFEST, MODEL, open_plain
 from fullweight.evidence.ledger import GENESIS
 from fullweight.evidence.lines import EventLine, Placed, StepLine, begins
+from fullweight.evidence.performance import set_back
 
 LEDGER_FORMAT = 2
 _SIGNED_BY_SEGMENTS = ("start", "resume")
@@ -102,14 +104,28 @@ def _config(subject: Subject) -> Iterator[str]:
         yield f"{MANIFEST} says that its configuration has SHA-256 {str(digest)[:12]}..., it has {own[:12]}..."
 
 
-@rule("ledger.times", proves="the clock of the ledger never goes back", cannot="a clock that was wrong all along")
+@rule(
+    "ledger.times",
+    proves="the clock of the ledger never goes back within a segment, where one process reads the wall clock once "
+    "and then a clock that cannot be set",
+    cannot="a clock that was wrong all along",
+)
 def _times(subject: Subject) -> Iterator[str]:
-    before = subject.history.all[0]
-    for placed in subject.history.all[1:]:
-        if placed.line.time < before.line.time:
+    for before, placed in pairwise(subject.history.all):
+        if placed.line.time < before.line.time and not begins(placed.line):
             back = before.line.time - placed.line.time
             yield f"{_at(placed)}: its time is {back:.3f} s before that of line {before.number}"
-        before = placed
+
+
+@rule(
+    "ledger.wall-time",
+    proves="nor does it go back between segments, so the time from the first line to the last is known",
+    cannot="a clock that was set forward, or whose interruptions were called shorter",
+)
+def _wall_time(subject: Subject) -> Iterator[str]:
+    if reason := set_back(subject.history):
+        raise NotCheckableError(reason)
+    yield from ()
 
 
 @rule(

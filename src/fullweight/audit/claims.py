@@ -140,7 +140,7 @@ CLAIMS: tuple[Kind, ...] = (
         "time of productive steps over wall time, from the first line to the last",
         None,
         "evaluation, saving, start-up, interruptions and work done twice are the rest",
-        (*_TIMES, "performance.recomputed"),
+        (*_TIMES, "ledger.wall-time", "performance.recomputed"),
         lambda subject, figures: figures["goodput"]["share"],
     ),
     Kind(

@@ -60,6 +60,11 @@ def _recomputed(subject: Subject) -> Iterator[str]:
     except FullweightError as error:
         yield str(error)
         return
+    if stated.get("claim") != measured["claim"]:
+        refuting = [found for found in measured["findings"] if found["weight"] == "refutes"]
+        found = "; ".join(f"{one['code']}: {one['text']}" for one in refuting)
+        found = found or measured["claim"]["full_parameter"]
+        yield f"{COVERAGE} states {str(stated.get('claim'))[:80]}, measured again: {found}"
     yield from (f"{COVERAGE}: {difference}" for difference in differences(stated, measured))
 
 

@@ -128,7 +128,8 @@ def _throughput(subject: Subject) -> Iterator[str]:
 
 @rule(
     "ledger.flops",
-    proves="FLOP/s are the FLOPs of the step's documents in this model, computed here, over its seconds",
+    proves="FLOP/s are the FLOPs of the step's documents in this model, computed here, over its seconds; with "
+    "frozen parameters, which train by the recipe's patterns",
     cannot="",
 )
 def _flops(subject: Subject) -> Iterator[str]:
@@ -140,13 +141,15 @@ def _flops(subject: Subject) -> Iterator[str]:
         if flops is None:
             continue
         known = True
+        if step.mfu_convention != subject.flops.convention:
+            yield f"{_at(placed)}: its FLOPs are of another convention than goes with what the recipe trains"
         if not _same(flops / step.total_seconds, step.model_flops_per_second):
             yield (
                 f"{_at(placed)}: {step.model_flops_per_second:.6g} FLOP/s, its documents make "
                 f"{flops / step.total_seconds:.6g}"
             )
     if not known:
-        raise NotCheckableError("with frozen parameters the FLOPs of a step do not follow from the ledger")
+        raise NotCheckableError("the run counts FLOPs by a convention that is unknown here")
 
 
 @rule("ledger.mfu", proves="MFU is FLOP/s over the peak, in every step", cannot="")
@@ -257,7 +260,8 @@ def _routing(subject: Subject) -> Iterator[str]:
 
 @rule(
     "ledger.parameters",
-    proves="the number of parameters is the one of the model, in manifest and steps alike",
+    proves="the numbers of parameters are those of the model and of what the recipe trains, in manifest and steps "
+    "alike",
     cannot="that each was trained: coverage is for that",
 )
 def _parameters(subject: Subject) -> Iterator[str]:
@@ -266,6 +270,9 @@ def _parameters(subject: Subject) -> Iterator[str]:
         counted = sum(parameters_by_component(subject.flops.model).values())
         if stated.total != counted:
             yield f"the manifest has {stated.total:,} parameters, model.json makes {counted:,}"
+        if stated.trained != subject.flops.trained.elements:
+            chosen = subject.flops.trained.elements
+            yield f"the manifest has {stated.trained:,} trained parameters, the recipe trains {chosen:,}"
     for placed, step in _steps(subject):
         if (step.parameters.total, step.parameters.trained) != (stated.total, stated.trained):
             own = step.parameters

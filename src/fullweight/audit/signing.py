@@ -20,14 +20,23 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from model_signing import hashing, signing, verifying
+from OpenSSL import crypto
+from sigstore.errors import Error as SigstoreError
 
 from fullweight.core.errors import FullweightError
 from fullweight.core.strict_json import parse_strict
 from fullweight.evidence.bundle import LIST, SIGNATURE, Bundle, RefusedError, open_plain
 
 _MOST_BYTES = 64 * 2**20
-_NOTHING = (ValueError, TypeError, KeyError, AttributeError, IndexError, InvalidSignature)
-"""How the library says no, or stumbles over a signature that is none."""
+_NOTHING = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, InvalidSignature),
+    *(crypto.X509StoreContextError, crypto.Error, SigstoreError),
+)
+"""How the libraries say no, or stumble over a signature that is none."""
+_ONLINE = (
+    "Sigstore's services have to be reached, and a signer proves its identity in a browser or by a token of CI; "
+    "offline, use a key or a certificate"
+)
 
 
 @dataclass(frozen=True)
@@ -79,22 +88,34 @@ def sign(root: Path, signer: Signer) -> None:
     try:
         if signer.certificate is not None and signer.key is not None:
             config.use_certificate_signer(
-                private_key=signer.key, signing_certificate=signer.certificate, certificate_chain=signer.chain
+                private_key=signer.key,
+                signing_certificate=signer.certificate,
+                certificate_chain=signer.chain or (signer.certificate,),  # the library refuses none
             )
         elif signer.key is not None:
             config.use_elliptic_key_signer(private_key=signer.key)
         else:
-            config.use_sigstore_signer()
+            _sign_online(config, root)
+            return
         config.sign(root, root / SIGNATURE)
     except OSError as error:
         raise FullweightError(
             f"{error.filename or signer.key}: {error.strerror}; give the file of a key"
         ) from None
     except (ValueError, TypeError) as error:
+        with_what = signer.key if signer.certificate is None else f"{signer.key} and {signer.certificate}"
         raise FullweightError(
-            f"cannot sign with {signer.key or 'Sigstore'}: {error}; give an elliptic key (P-256, P-384 or P-521) "
-            "without a password in PEM form, such as `fullweight seal --new-key` writes"
+            f"cannot sign with {with_what}: {error}; give an elliptic key (P-256, P-384 or P-521) without a "
+            "password in PEM form, such as `fullweight seal --new-key` writes, and a certificate of that key"
         ) from None
+
+
+def _sign_online(config: signing.Config, root: Path) -> None:
+    try:
+        config.use_sigstore_signer()
+        config.sign(root, root / SIGNATURE)
+    except (SigstoreError, OSError, ValueError) as error:  # OSError: also what `requests` raises
+        raise FullweightError(f"cannot sign with Sigstore: {_first_line(error)}; {_ONLINE}") from None
 
 
 def signed(bundle: Bundle) -> bool:
@@ -113,7 +134,7 @@ def signature_problem(bundle: Bundle, trust: Trust) -> str | None:
         if trust.public_key is not None:
             config.use_elliptic_key_verifier(public_key=trust.public_key)
         elif trust.identity is not None:
-            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer or "")
+            _trust_online(config, trust.identity, trust.issuer or "")
         else:
             config.use_certificate_verifier(certificate_chain=trust.chain)
     except OSError as error:
@@ -123,10 +144,23 @@ def signature_problem(bundle: Bundle, trust: Trust) -> str | None:
     try:
         config.verify(bundle.root, bundle.root / SIGNATURE)
     except _NOTHING as error:
-        return str(error).partition("\n")[0][:300] or "it was not made by that key"
+        return _first_line(error) or "it was not made by that key"
     if missing := sorted({*bundle.listed, LIST} - covered):
         return f"it does not cover {missing[0]}"
     return None
+
+
+def _trust_online(config: verifying.Config, identity: str, issuer: str) -> None:
+    try:
+        config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
+    except (SigstoreError, OSError) as error:
+        raise FullweightError(
+            f"cannot look for {identity} with Sigstore: {_first_line(error)}; {_ONLINE}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:300]
 
 
 def _hashing() -> hashing.Config:

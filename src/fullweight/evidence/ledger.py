@@ -64,11 +64,12 @@ class Line:
 class Ledger:
     """Append-only JSON lines at `path`. Only rank 0 may hold one; its threads may share it.
 
-    A ledger that is there already is continued; its end must be whole (`mend`). `clock` gives Unix seconds.
+    A ledger that is there already is continued; its end must be whole (`mend`). `clock` gives Unix seconds; the
+    machine's `steady_clock` when absent.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self.path, self._clock = path, clock
+    def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
+        self.path, self._clock = path, steady_clock() if clock is None else clock
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._hasher, self._size, self._lines, self._last, self.segments = hashlib.sha256(), 0, 0, GENESIS, 0
         with path.open("rb") as stream:
@@ -136,6 +137,25 @@ class Ledger:
                     os.ftruncate(self._descriptor, before)
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             self._held.popleft()
+
+
+def steady_clock(
+    wall: Callable[[], float] = time.time, elapsed: Callable[[], float] | None = None
+) -> Callable[[], float]:
+    """Unix seconds that never go back: the wall clock as it is now, and from here on the time that passes.
+
+    The wall clock may be set during a segment (NTP, an administrator), and times of lines would then tell neither
+    how long a step took nor in what order things happened. So it is read once. What passes is told by the clock of
+    the machine that nobody sets and that counts while the machine sleeps.
+    """
+    passing = _passing if elapsed is None else elapsed
+    began, offset = passing(), wall()
+    return lambda: offset + (passing() - began)
+
+
+def _passing() -> float:
+    awake_or_not = getattr(time, "CLOCK_BOOTTIME", None)  # Linux; elsewhere the monotonic clock is the nearest
+    return time.monotonic() if awake_or_not is None else time.clock_gettime(awake_or_not)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

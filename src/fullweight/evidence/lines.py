@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field
@@ -181,9 +183,17 @@ class History:
     def last_step(self) -> int:
         return max((s.step for s in self.steps), default=0)
 
+    @cached_property
+    def set_back(self) -> list[Placed]:
+        """Lines with which a segment begins and whose time is before that of the line before them: the clock was
+        set between the segments, or is another machine's, and how long the interruption was nobody can say."""
+        return [b for a, b in pairwise(self.all) if begins(b.line) and b.line.time < a.line.time]
+
     @property
-    def wall_seconds(self) -> float:
-        """From the first line to the last, whatever happened between."""
+    def wall_seconds(self) -> float | None:
+        """From the first line to the last, whatever happened between; None where the clock was set back."""
+        if self.set_back:
+            return None
         return self.all[-1].line.time - self.all[0].line.time if self.all else 0.0
 
 

@@ -7,10 +7,11 @@ are slower, count like all others. What was interrupted counts in the wall time,
 - step time: wall time of a step, data included, of every step that stands.
 - MFU: FLOPs of all steps that stand, divided by their time and by the peak that the run states.
 - goodput: time of the steps that stand and changed the weights, over wall time. Evaluation, saving, start-up, what
-  was lost to an interruption and what was done twice are the rest.
+  was lost to an interruption and what was done twice are the rest. Unknown where the clock was set back between
+  two segments, for nobody knows then how long the interruption was.
 - energy: watts times seconds of every step that was recorded, done twice or not; unknown as soon as one step's is.
 
-Left out: where the time of a step goes inside a phase (a profile shows that). Imports no torch.
+Left out: where the time of a step goes inside a phase (a profile shows that).
 """
 
 from __future__ import annotations
@@ -19,20 +20,36 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fullweight.core.errors import FullweightError
+from fullweight.checkpoint.selection import ALL, Trained, trained
+from fullweight.core.errors import ConfigError, FullweightError
 from fullweight.evidence.lines import EvalLine, History, StepLine
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import IndexerLoss, Pairs, choice_flops, pairs_flops
 
 CONVENTION = "exact sparse model FLOPs, forward and backward, no recompute, no padding; wall time"
 """As ledgers name the figure of a run in which every parameter trains."""
+FROZEN_CONVENTION = (
+    "exact sparse model FLOPs, forward, and backward of trained indexers alone: with other parameters frozen in "
+    "part a lower bound; no recompute, no padding; wall time"
+)
+"""As ledgers name it where a recipe freezes something."""
+_MOST_NAMES, _MOST_PATTERNS = 5_000_000, 1000
+"""Experts, and patterns of names, up to which a stranger's configuration is followed; far beyond any model's."""
 
 
 class FlopsRule:
     """How many FLOPs a step of a run has, from the documents it saw; None where the ledger cannot say."""
 
-    def __init__(self, model: DeepSeekV4Config, indexer_loss: IndexerLoss, dense_csa: bool) -> None:
-        self.model, self._indexer_loss, self._dense_csa = model, indexer_loss, dense_csa
+    def __init__(
+        self, model: DeepSeekV4Config, trained: Trained, indexer_loss: IndexerLoss, dense_csa: bool
+    ) -> None:
+        self.model, self.trained, self._dense_csa = model, trained, dense_csa
+        self._indexer_loss: IndexerLoss = indexer_loss if trained.indexers else "none"
+
+    @property
+    def convention(self) -> str:
+        """What a step's FLOPs count, by what the recipe trains."""
+        return CONVENTION if self.trained.everything else FROZEN_CONVENTION
 
     @classmethod
     def of(cls, model: Mapping[str, Any], config: Mapping[str, Any]) -> FlopsRule | None:
@@ -40,18 +57,33 @@ class FlopsRule:
         try:
             train = config["train"]
             architecture = DeepSeekV4Config.from_published(dict(model))
-            return cls(architecture, train["indexer_loss"], train["csa_attention"] == "visible")
+            chosen = _trained(architecture, train["trainable"], train["frozen"])
+            return cls(architecture, chosen, train["indexer_loss"], train["csa_attention"] == "visible")
         except (FullweightError, KeyError, TypeError):
             return None
 
     def __call__(self, step: StepLine) -> int | None:
-        """FLOPs of a step; None when the convention is another one (frozen parameters)."""
-        if step.mfu_convention != CONVENTION:
+        """FLOPs of a step; None when it counts them by a convention that is unknown here."""
+        if step.mfu_convention not in (CONVENTION, FROZEN_CONVENTION):
             return None
         pairs = step.batch.pairs
         counts = Pairs(step.tokens.real, pairs.window, pairs.csa_selected, pairs.csa_visible, pairs.hca)
         found = pairs_flops(self.model, counts, indexer_loss=self._indexer_loss, dense_csa=self._dense_csa)
-        return found.total - 3 * step.experts.dropped * choice_flops(self.model)
+        dropped = step.experts.dropped * choice_flops(self.model)
+        if self.trained.everything:
+            return found.total - 3 * dropped
+        return found.partly_frozen - dropped
+
+
+def _trained(model: DeepSeekV4Config, trainable: Sequence[str], frozen: Sequence[str]) -> Trained:
+    """What patterns choose. Raises ConfigError when they are none, or more than any model's."""
+    experts = (model.num_hidden_layers + model.num_nextn_predict_layers) * model.n_routed_experts
+    plain = tuple(trainable) == ALL and not frozen
+    if not plain and (experts > _MOST_NAMES or len(trainable) + len(frozen) > _MOST_PATTERNS):
+        raise ConfigError(
+            f"{experts:,} experts and {len(trainable) + len(frozen):,} patterns are too many to follow"
+        )
+    return trained(model, trainable, frozen)
 
 
 def performance(history: History, flops: FlopsRule | None) -> dict[str, Any]:
@@ -110,8 +142,8 @@ def quantile(values: Iterable[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def goodput(history: History) -> dict[str, float | int | None]:
-    """Productive seconds over wall seconds, with what the rest is of."""
+def goodput(history: History) -> dict[str, Any]:
+    """Productive seconds over wall seconds, with what the rest is of; None where the clock was set back."""
     productive = math.fsum(s.total_seconds for s in history.steps if s.skipped is None)
     recorded = [p for p in history.all if isinstance(p.line, StepLine)]
     repeated = math.fsum(p.line.total_seconds for p in recorded if p.superseded and isinstance(p.line, StepLine))
@@ -122,8 +154,21 @@ def goodput(history: History) -> dict[str, float | int | None]:
         "superseded_seconds": repeated,
         "superseded_steps": sum(p.superseded for p in recorded),
         "interruptions": history.all[-1].segment,
-        "share": productive / wall if wall > 0 else None,
+        "share": productive / wall if wall else None,
+        "reason": set_back(history),
     }
+
+
+def set_back(history: History) -> str | None:
+    """Why wall time is not known, or None when it is."""
+    if not history.set_back:
+        return None
+    first = history.set_back[0]
+    back = history.all[first.number - 2].line.time - first.line.time
+    return (
+        f"ledger line {first.number} (step {first.line.step}) begins a segment {back:.3f} s before the line "
+        "before it: the clock was set back between segments, so the time between them is not known"
+    )
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -136,10 +181,10 @@ def _mfu(steps: Sequence[StepLine], flops: FlopsRule | None, total: float) -> di
         return {**unknown, "reason": "no step"}
     found = [flops(s) for s in steps] if flops is not None else []
     known = [f for f in found if f is not None]
-    if len(known) != len(steps):
+    if flops is None or len(known) != len(steps):
         return {
             **unknown,
-            "reason": "the FLOPs of a run with frozen parameters cannot be recomputed from its ledger",
+            "reason": "FLOPs of a convention that is unknown here cannot be recomputed from the ledger",
         }
     possible = math.fsum(s.total_seconds * s.peak.flops_per_second for s in steps)
     shares = [f / s.total_seconds / s.peak.flops_per_second for f, s in zip(known, steps, strict=True)]
@@ -148,15 +193,17 @@ def _mfu(steps: Sequence[StepLine], flops: FlopsRule | None, total: float) -> di
         **_quantiles(shares),
         "flops": sum(known),
         "flops_per_second": sum(known) / total,
-        "convention": CONVENTION,
+        "convention": flops.convention,
         "peaks": sorted({(s.peak.flops_per_second, s.peak.source) for s in steps}),
     }
 
 
 def _time_to_loss(history: History) -> list[dict[str, Any]]:
-    """When each new lowest held-out loss was reached: wall time since the first line, and time of steps so far."""
+    """When each new lowest held-out loss was reached: wall time since the first line (None behind a clock that was
+    set back), and time of steps so far."""
     first, best, found = history.all[0].line.time, math.inf, []
     spent, tokens = 0.0, 0
+    unknown_from = history.set_back[0].number if history.set_back else math.inf
     for placed in history.live:
         line = placed.line
         if isinstance(line, StepLine):
@@ -170,7 +217,7 @@ def _time_to_loss(history: History) -> list[dict[str, Any]]:
                 {
                     "loss": value,
                     "step": line.step,
-                    "wall_seconds": line.time - first,
+                    "wall_seconds": line.time - first if placed.number < unknown_from else None,
                     "step_seconds": spent,
                     "tokens": tokens,
                 }

@@ -67,7 +67,7 @@ def headline(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("step", f"{times['median']:.3g} s median, {times['p5']:.3g} to {times['p95']:.3g} s from 5 to 95 %"),
         ("tokens per second", f"{rates['overall']:,.0f} over all steps"),
         ("MFU", _mfu(mfu)),
-        ("goodput", _UNKNOWN if goodput["share"] is None else _goodput(goodput)),
+        ("goodput", _goodput(goodput)),
         ("energy", _energy(energy)),
         ("routing", ", ".join(sorted(_routing(run))) or _UNKNOWN),
     ]
@@ -110,6 +110,8 @@ def _mfu(mfu: dict[str, Any]) -> str:
 
 
 def _goodput(goodput: dict[str, Any]) -> str:
+    if goodput["share"] is None:
+        return f"{_UNKNOWN}: {goodput['reason'] or 'no time passed'}"
     told = f"{100 * goodput['share']:.1f} % of {goodput['wall_seconds']:,.0f} s"
     if goodput["interruptions"]:
         told += f", {goodput['interruptions']} interruption(s), {goodput['superseded_steps']} steps done twice"

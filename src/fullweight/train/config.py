@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fullweight.checkpoint.async_save import SaveConfig
 from fullweight.checkpoint.plan import ExportFormat
+from fullweight.checkpoint.selection import ALL, select
 from fullweight.core.config import Config
 from fullweight.core.errors import ConfigError
 from fullweight.data.loader import DataConfig
@@ -31,7 +32,6 @@ from fullweight.train.evaluate import EvalConfig
 from fullweight.train.guards import GuardConfig
 from fullweight.train.step import LossConfig
 from fullweight.train.trackers import TrackerConfig
-from fullweight.train.trainable import ALL, select
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -113,7 +113,7 @@ class TrainSection(Config):
         return _DTYPES[self.precision]
 
     def trained_names(self, architecture: DeepSeekV4Config) -> frozenset[str] | None:
-        """Names of what trains (`trainable.select`), None for everything. Raises ConfigError."""
+        """Names of what trains (`checkpoint.selection.select`), None for everything. Raises ConfigError."""
         if self.trainable == ALL and not self.frozen:
             return None
         chosen = select(architecture, self.trainable, self.frozen)

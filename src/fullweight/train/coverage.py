@@ -13,13 +13,13 @@ from typing import Any
 from fullweight.checkpoint import generations
 from fullweight.checkpoint.imported import open_form
 from fullweight.checkpoint.manifest import Facts, Generation, verify
+from fullweight.checkpoint.selection import ALL, select
 from fullweight.evidence.coverage import Coverage, Progress, measure
 from fullweight.evidence.coverage_report import report
 from fullweight.evidence.first_weights import first_weights
 from fullweight.evidence.manifest import read
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.train.run_folder import RunFolder, write_json
-from fullweight.train.trainable import ALL, select
 
 AT_END_PARAMETERS = 100_000_000
 """Some seconds on two CPU cores: 7.3 million parameters take about one (`fullweight coverage RUN` tells)."""

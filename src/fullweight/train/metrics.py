@@ -20,6 +20,7 @@ from torch import Tensor
 from fullweight.core.types import Batch
 from fullweight.devices import of, separate
 from fullweight.devices.power import PowerMeter
+from fullweight.evidence.performance import CONVENTION, FROZEN_CONVENTION
 from fullweight.models.deepseek_v4.flops import Pairs, choice_flops, training_flops
 from fullweight.models.deepseek_v4.model import DeepSeekV4, parameters_of
 from fullweight.parallel.mesh import Ranks
@@ -27,13 +28,6 @@ from fullweight.train import fed
 from fullweight.train.peak import matmul_rates
 from fullweight.train.step import StepResult
 from fullweight.train.trainable import ParameterCount
-
-FLOPS_CONVENTION = "exact sparse model FLOPs, forward and backward, no recompute, no padding; wall time"
-FROZEN_FLOPS_CONVENTION = (
-    "exact sparse model FLOPs, forward, and backward of trained indexers alone: with other parameters frozen in "
-    "part a lower bound; no recompute, no padding; wall time"
-)
-
 
 _PAIRS = ("window", "csa_selected", "csa_visible", "hca")
 
@@ -73,7 +67,7 @@ def expert_load(expert_counts: Tensor) -> ExpertLoad:
 
 
 def model_flops(model: DeepSeekV4, document_lengths: Sequence[int]) -> int:
-    """FLOPs of one step over the documents, as `FLOPS_CONVENTION` or, with frozen parameters, the other one."""
+    """FLOPs of one step over the documents, as `convention` says."""
     if not document_lengths:
         return 0
     trains = {name: facts.trains for name, facts in parameters_of(model).items()}
@@ -84,16 +78,13 @@ def model_flops(model: DeepSeekV4, document_lengths: Sequence[int]) -> int:
         mtp=len(model.mtp) > 0,
         indexer_loss=model.indexer_loss if indexer else "none",
         dense_csa=model.dense_csa,
-    ).as_dict()
-    if all(trains.values()):
-        return sum(parts.values())
-    # backward is twice forward, except for the indexer
-    return sum(flops if name.startswith("indexer") else flops // 3 for name, flops in parts.items())
+    )
+    return parts.total if all(trains.values()) else parts.partly_frozen
 
 
 def convention(parameters: ParameterCount) -> str:
     """What the FLOPs of `model_flops` count."""
-    return FLOPS_CONVENTION if parameters.all_trained else FROZEN_FLOPS_CONVENTION
+    return CONVENTION if parameters.all_trained else FROZEN_CONVENTION
 
 
 def memory(device: torch.device) -> dict[str, int]:

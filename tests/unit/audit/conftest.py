@@ -12,7 +12,7 @@ from fullweight.audit.seal import seal
 from fullweight.audit.signing import Signer, new_key
 
 SHORT = {"train.num_steps": 6, "eval.num_samples": 4, "eval.every": 3, "checkpoint.every": 3}
-SHORT |= {"eval.max_new_tokens": 4, "checkpoint.keep": 2}
+SHORT |= {"eval.max_new_tokens": 4, "checkpoint.keep": 2, "train.peak_flops_per_second": 1e11}
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,16 @@ class Honest:
     public_key: Path
 
 
-def train(run: Path, ranks: int = 1, **settings: object) -> Path:
-    """A run of the smallest recipe into a folder."""
+COMMAND = "fullweight.cli.main:main"
+
+
+def train(run: Path, ranks: int = 1, call: str = COMMAND, **settings: object) -> Path:
+    """A run of the smallest recipe into a folder; `call` is another program than the honest one."""
     values = {**SHORT, **{name.replace("__", "."): value for name, value in settings.items()}}
     chosen = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-    ended = fullweight("train", ROOT / "recipes" / "tiny_smoke.toml", *chosen, "--output", run, ranks=ranks)
+    ended = fullweight(
+        "train", ROOT / "recipes" / "tiny_smoke.toml", *chosen, "--output", run, ranks=ranks, call=call
+    )
     assert ended.ok, ended.output
     return run
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from fullweight.audit.claims import CLAIMS
 from fullweight.audit.file_rules import evaluations
+from fullweight.audit.rule import Status
 from fullweight.audit.subject import open_subject
+from fullweight.audit.verify import Report
 from fullweight.evidence.performance import performance
 
 Entry = dict[str, Any]
@@ -94,6 +96,12 @@ class Forgery:
         self.edit("evaluation.json", lambda _: evaluations(subject.history))
         self.edit("claims.json", lambda claims: [c.update(value=values[c["name"]]) for c in claims] and claims)
         self.relist()
+
+
+def refuted(report: Report) -> dict[str, str]:
+    """What does not hold, by name: rules, and claims as `claim:name`."""
+    found = {f.rule: f.told for f in report.findings if f.status is Status.refuted}
+    return found | {f"claim:{v.claim}": v.told for v in report.verdicts if v.status is Status.refuted}
 
 
 def steps(lines: list[Entry]) -> list[Entry]:

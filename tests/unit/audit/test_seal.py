@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.processes import fullweight
 from tests.unit.audit.conftest import Honest
+from tests.unit.audit.forging import Entry, Forgery, refuted
 
 from fullweight.audit.claims import Sealed
 from fullweight.audit.rule import Status
@@ -39,6 +40,21 @@ def test_a_run_with_three_restarts_holds(honest: Honest, tmp_path: Path) -> None
     assert not report.refuted
     alone = {f.rule: f.status for f in verify(tmp_path / "bundle").findings}
     assert alone["checkpoint.roots"] is Status.holds, "the checkpoints are in the bundle"
+    assert alone["ledger.times"] is alone["ledger.wall-time"] is Status.holds
+
+    def another_clock(lines: list[Entry]) -> None:
+        """The last segment was made by a machine whose clock was an hour behind."""
+        resumes = [i for i, line in enumerate(lines) if line.get("what") == "resume"]
+        for line in lines[resumes[-1] :]:
+            line["time"] -= 3600
+
+    forgery = Forgery(tmp_path / "bundle", tmp_path / "other")
+    forgery.edit_lines(another_clock)
+    report = verify(forgery.root)
+    assert refuted(report).keys() == {"checkpoint.ledger"}, "its checkpoints name the lines as they were"
+    assert "set back between" in next(f.told for f in report.findings if f.rule == "ledger.wall-time")
+    goodput = next(v for v in report.verdicts if v.claim == "goodput")
+    assert (goodput.value, goodput.status) == (None, Status.not_checkable)
 
 
 def test_the_crate_names_every_file(honest: Honest) -> None:

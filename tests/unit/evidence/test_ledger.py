@@ -10,7 +10,7 @@ import pytest
 
 from fullweight.core.errors import CheckpointError
 from fullweight.evidence import ledger
-from fullweight.evidence.ledger import GENESIS, Ledger
+from fullweight.evidence.ledger import GENESIS, Ledger, steady_clock
 
 
 def _write(path: Path, steps: range) -> None:
@@ -176,3 +176,15 @@ def test_lines_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ledger.not_under(path, log.head()) is None
     log.sync()
     log.close()
+
+
+def test_times_follow_a_clock_that_cannot_be_set(tmp_path: Path) -> None:
+    """The wall clock goes back an hour after the first line; the lines go on by what passed, and say the order."""
+    wall, passed = [1e9], [50.0]
+    clock = steady_clock(lambda: wall[0], lambda: passed[0])
+    log = Ledger(tmp_path / "l.jsonl", clock)
+    log.append("event", 0, {"what": "start"})
+    wall[0], passed[0] = 1e9 - 3600, 53.5
+    log.append("event", 0, {"what": "finish"})
+    log.close()
+    assert [entry["time"] for entry in ledger.read(tmp_path / "l.jsonl")] == [1e9, 1e9 + 3.5]

@@ -79,6 +79,7 @@ def test_an_interrupted_run_by_hand() -> None:
         "superseded_steps": 1,
         "interruptions": 1,
         "share": pytest.approx(14 / 60),
+        "reason": None,
     }
     assert (found["steps"], found["skipped"], found["tokens"]["real"]) == (3, 1, 600)
     times = found["step_seconds"]
@@ -93,6 +94,23 @@ def test_an_interrupted_run_by_hand() -> None:
     assert reached == [(5.0, 0, 1.0, 0), (4.0, 3, 52.0, 16.0)]
     assert found["mfu"]["overall"] is None
     assert "cannot be recomputed" in found["mfu"]["reason"]
+
+
+def test_wall_time_is_unknown_where_the_clock_was_set_back_between_segments() -> None:
+    """What needs no time between segments stays; goodput, and times to a loss behind it, are not known."""
+    history = _history(
+        _event("start", 0, 100.0),
+        _eval(0, 101.0, 5.0),
+        _step(1, 111.0, 8.0),
+        _event("resume", 1, 50.0),
+        _step(2, 60.0, 6.0),
+        _eval(2, 61.0, 4.0),
+    )
+    found = performance(history, None)
+    assert (found["goodput"]["wall_seconds"], found["goodput"]["share"]) == (None, None)
+    assert "line 4 (step 1) begins a segment 61.000 s before" in found["goodput"]["reason"]
+    assert found["goodput"]["productive_seconds"] == 14.0
+    assert [(r["wall_seconds"], r["step_seconds"]) for r in found["time_to_loss"]] == [(1.0, 0), (None, 14.0)]
 
 
 def test_energy_is_unknown_as_soon_as_one_step_does_not_know() -> None:

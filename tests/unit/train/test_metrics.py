@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fullweight.bench.measure import measure_matmul
+from fullweight.checkpoint.selection import select
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.data.loader import batch_digest
 from fullweight.devices.power import EnergyCounters
@@ -19,7 +20,7 @@ from fullweight.parallel.mesh import Ranks
 from fullweight.train import peak as train_peak
 from fullweight.train.metrics import Peak, expert_load, measure_peak, model_flops, step_record
 from fullweight.train.step import StepResult
-from fullweight.train.trainable import freeze, select
+from fullweight.train.trainable import freeze
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

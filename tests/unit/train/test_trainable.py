@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fullweight.checkpoint.selection import ALL, select
 from fullweight.core.errors import ConfigError
 from fullweight.core.types import Batch, PackedLayout
 from fullweight.methods import SFT
@@ -14,7 +15,7 @@ from fullweight.parallel.engine import PlainEngine
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.guards import Guard, GuardConfig
 from fullweight.train.step import LossConfig, Phases, StepResult, training_step
-from fullweight.train.trainable import ALL, ParameterCount, freeze, select, sharding_units
+from fullweight.train.trainable import ParameterCount, freeze, sharding_units
 
 TINY = DeepSeekV4Config.preset("tiny")
 CPU = torch.device("cpu")

@@ -69,6 +69,13 @@ class FlopsBreakdown:
     def as_dict(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    @property
+    def partly_frozen(self) -> int:
+        """Of `training_flops`, the forward of everything and the backward of indexers: a lower bound of a step in
+        which some parameters are frozen. The backward of the rest depends on which, and is left out."""
+        parts = self.as_dict()
+        return sum(flops if name.startswith("indexer") else flops // 3 for name, flops in parts.items())
+
 
 @dataclass(frozen=True)
 class Pairs:
