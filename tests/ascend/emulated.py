@@ -197,6 +197,34 @@ def _ends(group_list: Tensor, kind: int | None) -> list[int]:
     return (group_list if kind == 0 else group_list.cumsum(0)).tolist()
 
 
+# ---- op and aclnn: npu_lightning_indexer: top k of sum_h w_h ReLU(q_h K^T), causal from the lower right ------
+
+
+@operator
+def npu_lightning_indexer(query: Tensor, key: Tensor, weights: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    assert options["layout_query"] == options["layout_key"] == "TND"
+    assert query.dtype == key.dtype == weights.dtype
+    assert (key.shape[1:], weights.shape) == ((1, query.shape[2]), query.shape[:2])
+    assert all(t.is_contiguous() for t in (query, key, weights))
+    ends = [options[f"actual_seq_lengths_{name}"] for name in ("query", "key")]
+    assert all(end.dtype == torch.int32 for end in ends)
+    queries_to, keys_to = (end.tolist() for end in ends)
+    assert (queries_to[-1], keys_to[-1]) == (query.shape[0], key.shape[0]), "all rows are of a run"
+    count, mask = options.get("sparse_count", 2048), options.get("sparse_mode", 3)
+    found = torch.full((query.shape[0], 1, count), -1, dtype=torch.int32)
+    first_query = first_key = 0
+    for query_end, key_end in zip(queries_to, keys_to, strict=True):
+        q, k = query[first_query:query_end].double(), key[first_key:key_end, 0].double()
+        for j in range(q.shape[0]):
+            seen = k.shape[0] if mask == 0 else k.shape[0] - q.shape[0] + j + 1
+            weight = weights[first_query + j].double()
+            score = [float((weight * (q[j] @ k[s]).clamp(min=0)).sum()) for s in range(seen)]
+            best = sorted(range(seen), key=lambda s, score=score: (-score[s], s))[:count]
+            found[first_query + j, 0, : len(best)] = torch.tensor(best, dtype=torch.int32)
+        first_query, first_key = query_end, key_end
+    return found, query.new_empty(0)
+
+
 # ---- op and aclnn: npu_sparse_flash_attention: softmax(scale Q K^T) V over the listed rows ---------------
 
 

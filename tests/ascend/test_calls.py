@@ -126,6 +126,19 @@ def test_swiglu(sizes: Sizes) -> None:
     both(lambda o, x: o.swiglu(x, 10.0), bf16(sizes.tokens, 2 * sizes.expert_width))
 
 
+def test_indexer(sizes: Sizes) -> None:
+    """The small row has no token that must choose, and calls nothing."""
+    table = layout_of(sizes.tokens).tables[4]
+    queries, keys = bf16(sizes.tokens, 64, 128), bf16(table.entry_tokens.shape[0], 128)
+    weights = fp32(sizes.tokens, 64)
+    for topk in (sizes.topk, 1):
+        found = [
+            o.select_entries(queries, keys, weights, table, topk)
+            for o in (ReferenceOperations(), AscendOperations())
+        ]
+        assert len({(t.shape, t.dtype, t.device) for t in found}) == 1
+
+
 @pytest.mark.parametrize("kind", ["sliding", "all entries", "chosen entries"])
 @pytest.mark.parametrize("front", [0, 127])
 def test_attention(sizes: Sizes, kind: str, front: int) -> None:
@@ -223,17 +236,22 @@ def test_limits_are_errors_that_name_the_setting() -> None:
         attend(48, 512)
     with pytest.raises(OperationError, match="found float32"):
         attend(4, 512, torch.float32)
+    for heads, width, topk in ((64, 16, 4), (128, 128, 4), (64, 128, 3000)):
+        table = PackedLayout.build([4], (4,)).tables[4]
+        queries = torch.zeros(4, heads, width, dtype=torch.bfloat16)
+        with pytest.raises(OperationError, match=r'set ops.indexer = "reference"'):
+            AscendOperations().select_entries(queries, queries[:1, 0], torch.zeros(4, heads), table, topk)
     with pytest.raises(OperationError, match="found 2 streams"):
         AscendOperations(hyper_connection=True).hyper_post(torch.zeros(4, 2, 128), *(torch.zeros(()),) * 3)
 
 
 def test_auto_takes_what_the_operators_take_and_records_it() -> None:
-    large = resolve_operations("auto", "npu", workload=Workload(torch.bfloat16, 128, 512))
+    large = resolve_operations("auto", "npu", workload=Workload(torch.bfloat16, 128, 512, 64, 128, 1024))
     assert large.name == "ascend"
-    own = {"linear", "norm_rotary", "swiglu", "attention", "experts", "cross_entropy"}
+    own = {"linear", "norm_rotary", "swiglu", "indexer", "attention", "experts", "cross_entropy"}
     assert {group for group, name in implementations(large).items() if name == "ascend"} == own
-    small = resolve_operations("auto", "npu", workload=Workload(torch.float32, 4, 64))
-    assert small.name == "ascend, attention=reference, experts=reference"
+    small = resolve_operations("auto", "npu", workload=Workload(torch.float32, 4, 64, 8, 16, 32))
+    assert small.name == "ascend, indexer=reference, attention=reference, experts=reference"
     asked = resolve_operations("auto", "npu", {"hyper_connection": "ascend"})
     assert implementations(asked)["hyper_connection"] == "ascend"
     with pytest.raises(OperationError, match=r"ops\.compress: the ascend operations have none of their own"):

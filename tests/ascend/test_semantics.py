@@ -14,7 +14,9 @@ import torch
 from tests.ascend.emulated import install
 from torch import Tensor
 
+from fullweight.core.slicing import Slice, slice_layout
 from fullweight.core.types import PackedLayout
+from fullweight.doctor.operations import try_operations
 from fullweight.ops.ascend import AscendOperations
 from fullweight.ops.late import WeightGradients, put_off
 from fullweight.ops.reference import Compressed, ReferenceOperations
@@ -128,6 +130,28 @@ def sinkhorn() -> None:
     compare(whole, *inputs, hyper_connection=True, sinkhorn=True)
 
 
+def indexer() -> None:
+    """Whole numbers, so that scores are equal now and then; documents around what is chosen; slices of the row."""
+    whole = PackedLayout.build([9, 3, 41, 1, 27, 30], (4,), 120)
+    entries = len(whole.tables[4].entry_tokens)
+    queries, keys, weights = (
+        randn(*shape, seed=seed).round() for seed, shape in enumerate(((120, 3, 4), (entries, 4), (120, 3)))
+    )
+    operations = AscendOperations(limits=False)
+    for topk in (1, 3, 5, 9, entries + 1):
+        for count in (1, 2, 3):
+            for part in (Slice(index, count) for index in range(count)):
+                first, stop = part.bounds(120)
+                table = slice_layout(whole, part).tables[4]
+                expected, found = (
+                    o.select_entries(queries[first:stop], keys, weights[first:stop], table, topk)
+                    for o in (ReferenceOperations(), operations)
+                )
+                wrong = (expected != found).any(-1).nonzero().flatten().tolist()
+                assert (expected.shape, expected.dtype) == (found.shape, found.dtype)
+                assert not wrong, f"the choice of {topk} differs by tokens {wrong} of {part}"
+
+
 def attention(kinds: tuple[str, ...] = ("sliding", "all entries", "chosen entries"), front: int = 0) -> None:
     heads, width, window = 2, 24, 5
     layout = PackedLayout.build([9, 3, 14], (4,), 30)
@@ -172,12 +196,21 @@ def _selection(table: Any, tokens: int, k: int) -> Tensor:
     return result
 
 
-CHECKS = (rms_norm, rotary, swiglu, experts, cross_entropy, hyper_connection, sinkhorn, attention)
+CHECKS = (rms_norm, rotary, swiglu, experts, cross_entropy, hyper_connection, sinkhorn, indexer, attention)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_operation_means_the_same(check: Callable[[], None]) -> None:
     check()
+
+
+def test_the_doctors_self_test_passes() -> None:
+    """Within the operators' limits: each operation is tried in a type that they take."""
+    results = try_operations(AscendOperations(), torch.device("cpu"))
+    assert [
+        r for r in results if r.failure or not max(r.error or 0.0, r.gradient_error or 0.0) <= r.tolerance
+    ] == []
+    assert {r.operation for r in results if r.dtype == "bf16"} == {r.operation for r in results}
 
 
 def test_attention_of_a_slice_reads_rows_before_it() -> None:
@@ -278,6 +311,18 @@ MUTATIONS: dict[str, tuple[Callable[[], None], Callable[[pytest.MonkeyPatch], No
         sinkhorn,
         _replaced("npu_mhc_sinkhorn", lambda op, x, **o: op(x, **{**o, "num_iters": max(1, o["num_iters"] - 1)})),
     ),
+    "entries not masked": (
+        indexer,
+        _replaced("npu_lightning_indexer", lambda op, *a, **o: op(*a, **{**o, "sparse_mode": 0})),
+    ),
+    "heads alike": (
+        indexer,
+        _replaced("npu_lightning_indexer", lambda op, q, k, w, **o: op(q, k, torch.ones_like(w), **o)),
+    ),
+    "runs put together": (
+        indexer,
+        _replaced("npu_lightning_indexer", lambda op, *a, **o: op(*a, **{**o, **_one_run(o)})),
+    ),
     "scale without square root": (
         attention,
         _replaced("npu_sparse_flash_attention", lambda op, q, k, v, i, s, **o: op(q, k, v, i, s * s, **o)),
@@ -291,6 +336,10 @@ MUTATIONS: dict[str, tuple[Callable[[], None], Callable[[pytest.MonkeyPatch], No
         _replaced("npu_sparse_flash_attention_grad", lambda op, *a, **o: _without_values(op(*a, **o))),
     ),
 }
+
+
+def _one_run(options: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: options[name][-1:] for name in ("actual_seq_lengths_query", "actual_seq_lengths_key")}
 
 
 def _without_values(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

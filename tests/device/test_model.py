@@ -27,7 +27,8 @@ def test_losses_and_gradients_are_those_of_float64(device: Device, ops: str) -> 
     """fp32 rounding is about 1e-6 of a loss and 1e-5 of a gradient; operations that the device lacks raise."""
     place = device.device(0)
     config = DeepSeekV4Config.preset("tiny", vocab_size=40, index_topk=4, compress_ratios=[4, 0, 128, 4, 0])
-    workload = Workload(torch.float32, config.num_attention_heads, config.head_dim)
+    index = (config.index_n_heads, config.index_head_dim, config.index_topk)
+    workload = Workload(torch.float32, config.num_attention_heads, config.head_dim, *index)
     model = DeepSeekV4(config, torch.float32, ops=resolve_operations(ops, device.type, None, workload))
     with torch.no_grad():
         randomise(model, 0)

@@ -32,10 +32,10 @@ from fullweight.models.deepseek_v4.block import Block
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.context import Context
 from fullweight.ops import resolve_operations
-from fullweight.ops.reference import Workload
 from fullweight.parallel.mesh import Ranks
 from fullweight.train.config import RunConfig
 from fullweight.train.run_folder import RunFolder
+from fullweight.train.weights import workload_of
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,7 @@ def repeat_layers(root: Path, folder: Path, means: Means, bound: float | None = 
 
 def _loaded(layer: int, generation: Generation, architecture: DeepSeekV4Config, config: RunConfig) -> Block:
     """The layer with its weights from the state, and nothing else of the model."""
-    heads = architecture.num_attention_heads
-    workload = Workload(config.train.compute_dtype, heads, architecture.head_dim)
+    workload = workload_of(config, architecture)
     operations = resolve_operations(config.ops.default, "cpu", config.ops.chosen, workload)
     with torch.device("meta"):
         block = Block(architecture, operations, layer, config.train.indexer_loss)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fullweight.core.types import Batch, CompressionTable, PackedLayout
+from fullweight.core.types import Batch, CompressionTable, PackedLayout, Span
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,19 @@ def _slice_table(table: CompressionTable, num_tokens: int, part: Slice) -> Compr
         table.entry_begin[first:stop],
         table.entry_end[first:stop],
         order,
+        tuple(_cut(span, first, stop) for span in table.spans if _length_in(span, first, stop) > 0),
     )
+
+
+def _length_in(span: Span, first: int, stop: int) -> int:
+    return min(span.first_token + span.num_tokens, stop) - max(span.first_token, first)
+
+
+def _cut(span: Span, first: int, stop: int) -> Span:
+    """What lies in the slice, its tokens counted from the slice's first."""
+    start = max(span.first_token, first)
+    position = span.first_position + start - span.first_token
+    return Span(start - first, _length_in(span, first, stop), position, span.first_entry)
 
 
 def slice_targets(batch: Batch, part: Slice, ahead: int = 1) -> tuple[Tensor, Tensor]:

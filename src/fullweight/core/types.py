@@ -21,6 +21,16 @@ from fullweight.core.errors import DataError
 
 
 @dataclass(frozen=True)
+class Span:
+    """A document's tokens that lie together in a row, or in its slice. Host data."""
+
+    first_token: int
+    num_tokens: int
+    first_position: int  # of its first token in the document
+    first_entry: int  # of its document, as `entry_begin`
+
+
+@dataclass(frozen=True)
 class CompressionTable:
     """Where the compressed entries of one ratio come from and who sees them (all int64).
 
@@ -34,6 +44,7 @@ class CompressionTable:
     entry_begin: Tensor  # [T]
     entry_end: Tensor  # [T]
     entry_order: Tensor | None = None  # of a slice of a row (`core/slicing.py`): [E] into all slices' entries
+    spans: tuple[Span, ...] = ()  # who sees what once more, on the host; empty where nobody looks
 
     def to(self, device: torch.device | str) -> CompressionTable:
         return CompressionTable(
@@ -43,6 +54,7 @@ class CompressionTable:
             self.entry_begin.to(device),
             self.entry_end.to(device),
             None if self.entry_order is None else self.entry_order.to(device),
+            self.spans,
         )
 
 
@@ -115,7 +127,9 @@ def _compression_table(ratio: int, sizes: Tensor, starts: Tensor, positions: Ten
     entry_positions[: len(within)] = within * ratio
     entry_tokens[: len(within)] = starts[document] + within * ratio
     begin = torch.repeat_interleave(first, sizes)
-    return CompressionTable(ratio, entry_tokens, entry_positions, begin, begin + (positions + 1) // ratio)
+    end = begin + (positions + 1) // ratio
+    spans = tuple(Span(t, n, 0, e) for t, n, e in zip(*(x.tolist() for x in (starts, sizes, first)), strict=True))
+    return CompressionTable(ratio, entry_tokens, entry_positions, begin, end, spans=spans)
 
 
 @dataclass(frozen=True)

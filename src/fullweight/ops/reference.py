@@ -43,11 +43,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides whether a set can do a group's operations: compute type, and attention's heads of one rank."""
+    """What decides whether a set can do a group's operations: compute type, attention's heads of one rank, the
+    indexer's heads and how many entries it chooses."""
 
     dtype: torch.dtype
     num_heads: int
     head_dim: int
+    index_heads: int
+    index_head_dim: int
+    index_topk: int
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,24 @@ from fullweight.train.run_folder import RunFolder
 from fullweight.train.trainable import freeze
 
 
+def workload_of(config: RunConfig, architecture: DeepSeekV4Config, tensor: int = 1) -> Workload:
+    """What a rank's operations work on, with attention's heads shared by `tensor` ranks."""
+    return Workload(
+        config.train.compute_dtype,
+        architecture.num_attention_heads // tensor,
+        architecture.head_dim,
+        architecture.index_n_heads,
+        architecture.index_head_dim,
+        architecture.index_topk,
+    )
+
+
 def empty_model(config: RunConfig, architecture: DeepSeekV4Config, device: str) -> DeepSeekV4:
     """The model without storage (on the meta device), with the operations of `device`.
 
     What the recipe freezes takes no gradient.
     """
-    heads = architecture.num_attention_heads // config.parallel.tensor
-    workload = Workload(config.train.compute_dtype, heads, architecture.head_dim)
+    workload = workload_of(config, architecture, config.parallel.tensor)
     ops = resolve_operations(config.ops.default, device, config.ops.chosen, workload)
     with torch.device("meta"):
         model = DeepSeekV4(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fullweight.core.errors import OperationError
 from fullweight.core.types import PackedLayout
 from fullweight.doctor.operations import LENGTHS, NUM_TOKENS, RATIO, cases, try_operations
 from fullweight.ops import available_operations, resolve_operations
@@ -43,6 +44,29 @@ class Wrong(ReferenceOperations):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return super().linear(x, weight) * float("nan")
+
+
+class Narrow(ReferenceOperations):
+    """Takes one type for one operation, and none for another."""
+
+    name = "narrow"
+
+    def swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
+        if gate_up.dtype == torch.float32:
+            raise OperationError("swiglu takes bfloat16")
+        return super().swiglu(gate_up, limit)
+
+    def hyper_mix(self, streams: Tensor, pre: Tensor) -> Tensor:
+        raise OperationError("hyper_mix takes 5 streams")
+
+
+def test_a_type_that_a_set_does_not_take_is_no_fault() -> None:
+    """Unless it takes none, and then the reason is told; the rest is tried."""
+    results = try_operations(Narrow(), torch.device("cpu"))
+    assert [(r.dtype, r.failure) for r in results if r.operation == "swiglu"] == [("bf16", None)]
+    mixed = [r.failure for r in results if r.operation == "hyper_mix"]
+    assert mixed == ["hyper_mix takes 5 streams"] * 2
+    assert len({r.operation for r in results}) > 10
 
 
 def test_a_wrong_set_is_named() -> None:

@@ -75,7 +75,7 @@ def test_auto_leaves_to_the_reference_what_the_set_does_not_take(monkeypatch: py
         Marked, "takes", lambda self, group, workload: workload.head_dim == 512 or group != "swiglu"
     )
     monkeypatch.setattr("fullweight.ops.available_operations", lambda device: ["reference", "marked"])
-    small, large = (Workload(torch.bfloat16, 4, width) for width in (16, 512))
+    small, large = (Workload(torch.bfloat16, 4, width, 8, 16, 4) for width in (16, 512))
     assert resolve_operations("auto", workload=large).name == "marked"
     assert resolve_operations("auto", workload=small).name == "marked, swiglu=reference"
     # what is named is not replaced: it raises when it is used

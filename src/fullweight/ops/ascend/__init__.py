@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fullweight.core.errors import ConfigError, OperationError
-from fullweight.core.types import PackedLayout
+from fullweight.core.types import CompressionTable, PackedLayout
 from fullweight.devices.ascend import Ascend, torch_npu
 from fullweight.ops.accelerator import AcceleratorOperations
 from fullweight.ops.ascend.attention import HEAD_DIM, HEADS, MOST_KEYS, Sources, SparseAttention, attention_mass
@@ -35,6 +35,8 @@ from fullweight.ops.ascend.hyper import (
     Sinkhorn,
     register_shapes,
 )
+from fullweight.ops.ascend.indexer import MOST_HEADS, Runs, select_entries, takes_count
+from fullweight.ops.ascend.indexer import WIDTH as INDEX_WIDTH
 from fullweight.ops.ascend.loss import CrossEntropy
 from fullweight.ops.reference import (
     AttentionOutput,
@@ -61,6 +63,7 @@ class AscendOperations(AcceleratorOperations):
         self, *, hyper_connection: bool = False, sinkhorn: bool | None = None, limits: bool = True
     ) -> None:
         self.fused_hyper, self.limits = hyper_connection, limits
+        self._runs: tuple[object, Runs | None] = (None, None)  # of the row in hand, for all its layers
         try:
             torch_npu()
         except ConfigError as error:
@@ -82,6 +85,9 @@ class AscendOperations(AcceleratorOperations):
         if group == "attention":
             fits = workload.head_dim == HEAD_DIM and workload.num_heads in HEADS
             return fits and workload.dtype in NARROW
+        if group == "indexer":
+            fits = workload.index_heads <= MOST_HEADS and workload.index_head_dim == INDEX_WIDTH
+            return fits and takes_count(workload.index_topk) and workload.dtype in NARROW
         return group != "experts" or workload.dtype in NARROW
 
     # ---- element-wise -------------------------------------------------------------------------------
@@ -124,6 +130,29 @@ class AscendOperations(AcceleratorOperations):
         if self.limits and streams.shape[2] % WIDTH:
             self._refuse("hyper_connection", f"a width of {streams.shape[2]}", f"multiples of {WIDTH}")
         self._check_type("hyper_connection", streams)
+
+    # ---- indexer ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def select_entries(
+        self, queries: Tensor, keys: Tensor, weights: Tensor, table: CompressionTable, topk: int
+    ) -> Tensor:
+        if not table.spans:
+            return super().select_entries(queries, keys, weights, table, topk)
+        self._check_indexer(queries, topk)
+        row = (table.spans, table.ratio, table.entry_begin.shape[0], topk, keys.device)
+        if self._runs[0] != row:
+            self._runs = (row, Runs.of(table, topk, keys.device))
+        return select_entries(queries, keys, weights, table, topk, self._runs[1])
+
+    def _check_indexer(self, queries: Tensor, topk: int) -> None:
+        heads, width = queries.shape[1:]
+        if self.limits and (width != INDEX_WIDTH or heads > MOST_HEADS):
+            found = f"{heads} heads of {width} channels"
+            self._refuse("indexer", found, f"up to {MOST_HEADS} heads of {INDEX_WIDTH} channels")
+        if self.limits and not takes_count(topk):
+            self._refuse("indexer", f"{topk} chosen entries", "up to 2048, or multiples of 1024 up to 8192")
+        self._check_type("indexer", queries)
 
     # ---- attention ----------------------------------------------------------------------------------
 

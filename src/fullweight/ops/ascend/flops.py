@@ -51,7 +51,13 @@ def _attention(products: int, q: Shape, _keys: Shape, _values: Shape, index: Sha
     return products * 2 * math.prod(q) * index[-1]
 
 
+def _indexer(queries: Shape, keys: Shape, *_: Any, actual_seq_lengths_query: Shape, **__: Any) -> int:
+    """Runs of queries are taken for equally long, and for seeing all keys of theirs."""
+    return 2 * math.prod(queries) * keys[0] // actual_seq_lengths_query[0]
+
+
 _OF_NPU = {
+    "npu_lightning_indexer": _indexer,
     "npu_grouped_matmul": _grouped,
     "npu_grouped_matmul_add_": _grouped_outer,
     "npu_sparse_flash_attention": functools.partial(_attention, 2),
