@@ -37,6 +37,8 @@ _AXES = (
     *("replicate", "shard", "context", "tensor", "expert"),
 )
 
+_MOST_THREADS = 4096  # a stranger's number is not obeyed whatever it is
+
 
 @dataclass(frozen=True)
 class Means:
@@ -168,7 +170,7 @@ def _assembled(
 ) -> Run:
     start = None if now is None else now.manifest.facts
     config = config_at(recorded, segment, start, ranks, folder, means)
-    tokenizer = None if start is None else recorded.folder.tokenizer
+    tokenizer = None if start is None else recorded.tokenizer
     run = assemble(config, RunFolder(folder / "run"), ranks, tokenizer)
     wanted, found = recorded.manifest.data.identity, run.state.loader.state_dict()["data"]
     if wanted != found:
@@ -207,7 +209,9 @@ def _moved(source: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """So many threads inside the block; None: as many as there are."""
+    """So many threads inside the block; None: as many as there are. Raises CheckpointError on no such number."""
+    if count is not None and (not isinstance(count, int) or not 0 < count <= _MOST_THREADS):
+        raise CheckpointError(f"{str(count)[:40]} threads of a rank are recorded, which cannot be")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -151,6 +151,14 @@ def read(path: Path) -> Boundary:
     return boundary
 
 
+def kept_boundaries(folder: Path) -> list[Boundary]:
+    """The layers whose files lie in `folder`, in order. Raises CheckpointError on no file, or a bad one."""
+    found = sorted((read(path) for path in folder.glob("layer-*.safetensors")), key=lambda b: b.layer)
+    if not found:
+        raise CheckpointError(f"no layer-*.safetensors in {folder}; `fullweight boundaries` writes them")
+    return found
+
+
 def _check(found: Boundary) -> None:
     lengths, shape = found.layout["document_lengths"], found.tensors["entering"].shape
     if any(found.tensors[name].shape != shape for name in _TENSORS[:-1]) or len(shape) != 3:

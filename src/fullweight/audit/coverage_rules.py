@@ -49,14 +49,17 @@ def _totals(subject: Subject) -> Iterator[str]:
 )
 def _recomputed(subject: Subject) -> Iterator[str]:
     stated = _stated(subject)
-    if subject.run is None:
+    if not (held := subject.at_hand()):
         raise NotCheckableError("no checkpoint is at hand: give the folder of the run with --run")
-    known = next((c for c in subject.checkpoints if c.kept and c.name == stated.get("generation")), None)
-    path = subject.run / "checkpoints" / ("" if known is None else known.name)
-    if known is None or not path.is_dir():
+    path = next((path for entry, path in held if entry.name == stated.get("generation")), None)
+    if path is None:
         raise NotCheckableError(f"the checkpoint that {COVERAGE} is of is not at hand")
     try:
-        measured = report(measure_run(RunFolder(subject.run), generation=verify(path)))
+        generation = verify(path)
+        if subject.run is None and generation.manifest.facts.config["model"]["checkpoint"] is not None:
+            raise NotCheckableError("the run began with a checkpoint: give the folder of the run with --run")
+        folder = RunFolder(subject.run or subject.bundle.root)
+        measured = report(measure_run(folder, generation=generation))
     except FullweightError as error:
         yield str(error)
         return

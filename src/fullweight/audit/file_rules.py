@@ -199,18 +199,10 @@ def _kept(subject: Subject) -> Iterator[tuple[KeptCheckpoint, Manifest, str]]:
         yield entry, manifest, hashlib.sha256(text).hexdigest()
 
 
-def _at_hand(subject: Subject) -> Iterator[tuple[KeptCheckpoint, Path]]:
-    """Every generation of which there are bytes: beside the bundle in the run, or in the bundle itself."""
-    found = False
-    for entry in (entry for entry in subject.checkpoints if entry.kept):
-        inside = f"checkpoints/{entry.name}/.metadata" in subject.bundle.listed
-        root = subject.bundle.root if inside or subject.run is None else subject.run
-        path = root / "checkpoints" / entry.name
-        if (inside or subject.run is not None) and path.is_dir():
-            found = True
-            yield entry, path
-    if not found:
+def _at_hand(subject: Subject) -> list[tuple[KeptCheckpoint, Path]]:
+    if not (found := subject.at_hand()):
         raise NotCheckableError("no checkpoint is at hand: give the folder of the run with --run")
+    return found
 
 
 def _verified(path: Path) -> tuple[str, Generation | None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fullweight.audit import stack
 from fullweight.audit.again import Means, config_at, threads
-from fullweight.audit.boundaries import AUXILIARY, Boundary, gradients_of, read
+from fullweight.audit.boundaries import AUXILIARY, Boundary, gradients_of, kept_boundaries
 from fullweight.audit.recorded import Recorded
 from fullweight.audit.replay import default_bound
 from fullweight.audit.windows import Window
@@ -89,15 +89,23 @@ def repeat_layer(
     return _compared(boundary, block, leaving.detach(), entering.grad, bound)
 
 
-def repeat_layers(root: Path, folder: Path, means: Means, bound: float | None = None) -> list[LayerResult]:
+def repeat_layers(
+    root: Path,
+    folder: Path,
+    means: Means,
+    bound: float | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    states: Path | None = None,
+) -> list[LayerResult]:
     """Repeat every layer whose file lies in `folder`, each alone, from the kept states of the run in `root`.
 
-    Raises CheckpointError when there is none, or a file, the state or the run do not belong together.
+    `layers` are the only ones that are repeated; `states` is as of `replay`. Raises CheckpointError when there is
+    none, or a file, the state or the run do not belong together.
     """
-    recorded = Recorded.of(RunFolder(root))
-    found = sorted((read(path) for path in folder.glob("layer-*.safetensors")), key=lambda b: b.layer)
-    if not found:
-        raise CheckpointError(f"no layer-*.safetensors in {folder}; `fullweight boundaries` writes them")
+    recorded = Recorded.of(RunFolder(root), None if states is None else RunFolder(states))
+    chosen = None if layers is None else set(layers)
+    found = [b for b in kept_boundaries(folder) if chosen is None or b.layer in chosen]
     results, alone = [], Ranks(0, 1, torch.device("cpu"))
     verified: dict[str, Generation] = {}
     for boundary in found:
@@ -105,7 +113,7 @@ def repeat_layers(root: Path, folder: Path, means: Means, bound: float | None = 
         if name not in verified:
             path = recorded.named().get(name)
             if path is None:
-                raise CheckpointError(f"{recorded.folder.checkpoints} has no {name}, where layers are from")
+                raise CheckpointError(f"{recorded.states.checkpoints} has no {name}, where layers are from")
             verified[name] = verify(path)
             if reason := recorded.why_not_its(verified[name]):
                 raise CheckpointError(reason)

@@ -38,17 +38,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The record of a run."""
+    """The record of a run; `states` is where its states and its tokenizer are, when not in `folder`."""
 
     folder: RunFolder
     manifest: RunManifest  # before any resume changed anything
     steps: dict[int, dict[str, Any]]  # the ledger's lines of steps that stand
     events: tuple[dict[str, Any], ...]  # likewise
     head: str  # hex SHA-256 of the ledger's last line
+    states: RunFolder
 
     @staticmethod
-    def of(folder: RunFolder) -> Recorded:
-        """Read a run folder. Raises CheckpointError or ConfigError when it is none, or is damaged."""
+    def of(folder: RunFolder, states: RunFolder | None = None) -> Recorded:
+        """Read a run folder, or a bundle. Raises CheckpointError or ConfigError when it is none, or is damaged."""
         folder.require()
         manifests.require_bound(folder.manifest, folder.ledger)
         lines = list(ledger.read_all(folder.ledger))
@@ -61,15 +62,21 @@ class Recorded:
             {entry["step"]: entry for entry in standing if entry["kind"] == "step"},
             tuple(entry for entry in standing if entry["kind"] == "event"),
             lines[-1].sha256,
+            states or folder,
         )
 
     def kept(self) -> dict[int, Path]:
         """The newest kept generation of each step."""
-        return dict(generations.listed(self.folder.checkpoints))
+        return dict(generations.listed(self.states.checkpoints))
 
     def named(self) -> dict[str, Path]:
         """Every kept generation by its name."""
-        return {path.name: path for _, path in generations.listed(self.folder.checkpoints)}
+        return {path.name: path for _, path in generations.listed(self.states.checkpoints)}
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the run's tokenizer; None where it was not kept, as in a bundle."""
+        return self.states.tokenizer if self.states.tokenizer.is_dir() else None
 
     def digest_of(self, generation: str) -> str | None:
         """The digest of a generation's manifest that the ledger holds; None when it names no such generation."""
@@ -97,7 +104,7 @@ class Recorded:
         for kept, path in sorted(self.kept().items()):
             if kept >= step:
                 return dict(read_manifest(path)[0].facts.world)
-        return {name: self.manifest.layout[name] for name in ("ranks", "axes")}
+        return {name: self.manifest.layout.get(name) for name in ("ranks", "axes")}
 
     def segments(self, window: Window, start: Facts | None) -> list[Segment]:
         """The window cut where a resume changed the configuration; `start` is of the state it starts from."""
@@ -124,6 +131,8 @@ class Recorded:
                 # what is absent is as in the manifest
                 environment = event.get("environment") or self.manifest.environment
                 code = event.get("code") or self.manifest.code
+        if not isinstance(environment, dict) or not isinstance(code, dict):
+            raise CheckpointError(f"the ledger's start or resume before step {step + 1} tells no environment")
         return environment, code
 
 

@@ -89,14 +89,21 @@ class ReplayResult:
     seconds: float = 0.0
 
 
-def replay(root: Path, windows: Sequence[Window], means: Means, bound: float | None = None) -> list[ReplayResult]:
+def replay(
+    root: Path,
+    windows: Sequence[Window],
+    means: Means,
+    bound: float | None = None,
+    states: Path | None = None,
+) -> list[ReplayResult]:
     """Repeat windows of the run in folder `root`; all ranks call it together and all get the results.
 
-    `bound` is the relative distance that is rounding on another stack (by default `default_bound`).
+    `bound` is the relative distance that is rounding on another stack (by default `default_bound`); `states` is
+    the folder of the run where `root` is its bundle, without the states.
 
     Raises FullweightError when the folder is no whole run; what is wrong with a window is in its result.
     """
-    recorded = Recorded.of(RunFolder(root))
+    recorded = Recorded.of(RunFolder(root), None if states is None else RunFolder(states))
     with joined_for(_config(recorded, means)) as ranks:
         return [_window(recorded, window, ranks, means, bound) for window in windows]
 
@@ -114,7 +121,9 @@ def _config(recorded: Recorded, means: Means) -> RunConfig:
 
 def _window(recorded: Recorded, window: Window, ranks: Ranks, means: Means, bound: float | None) -> ReplayResult:
     began, peers = time.perf_counter(), Peers()
-    bound = default_bound(recorded.manifest.config, len(window.steps)) if bound is None else bound
+    if bound is None:
+        config = RunConfig.resolve(recorded.manifest.config, str(recorded.folder.manifest))
+        bound = default_bound(config.model_dump(mode="json"), len(window.steps))
     blank = ReplayResult(window, Verdict.refuted, "", bound)
     try:
         start, end = (_kept(recorded, step) for step in (window.start, window.stop))

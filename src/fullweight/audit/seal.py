@@ -95,6 +95,8 @@ def _make(
     run: Path, root: Path, with_checkpoints: bool, ro_crate: bool
 ) -> tuple[tuple[Claim, ...], tuple[Finding, ...]]:
     _copy(run, root)
+    if with_checkpoints and (run / "tokenizer").is_dir():  # a replay goes on with the very tokenizer
+        shutil.copytree(run / "tokenizer", root / "tokenizer")
     with open_plain(root / LEDGER) as stream:
         history = read_history(stream)
     manifest = parse_strict((root / MANIFEST).read_bytes())

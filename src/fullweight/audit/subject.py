@@ -154,6 +154,16 @@ class Subject:
     run: Path | None = None
     with_data: bool = False
 
+    def at_hand(self) -> list[tuple[KeptCheckpoint, Path]]:
+        """Every generation of which there are bytes: in the bundle itself, or beside it in the run."""
+        found = []
+        for entry in (entry for entry in self.checkpoints if entry.kept):
+            inside = f"checkpoints/{entry.name}/.metadata" in self.bundle.listed
+            root = self.bundle.root if inside else self.run
+            if root is not None and (path := root / "checkpoints" / entry.name).is_dir():
+                found.append((entry, path))
+        return found
+
     @cached_property
     def flops(self) -> FlopsRule | None:
         return FlopsRule.of(self.model, self.manifest.config)

@@ -1,8 +1,8 @@
 """Whether a bundle's claims hold: every rule looked at, every claim computed again, one verdict.
 
 Levels: integrity (what the bundle says agrees with itself and with who signed it) and recomputation (figures from
-raw lines, and what is at hand of checkpoints). What no bundle can show, that nothing else was run, stays a claim
-that is not checkable.
+raw lines, and what is at hand of checkpoints); when asked for, repetition of steps or layers (`drawn.py`). What no
+bundle can show, that nothing else was run, stays a claim that is not checkable.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from fullweight.audit import beside_rules, chain_rules, coverage_rules, file_rules, number_rules
 from fullweight.audit.claims import Verdict, verdicts
+from fullweight.audit.drawn import Replayed, Replaying, taken_again
 from fullweight.audit.rule import RULES, Finding, Status, apply
 from fullweight.audit.signing import Trust, signature_problem, signed
 from fullweight.audit.subject import Subject, open_subject
@@ -35,6 +36,7 @@ class Report:
     run: str
     findings: tuple[Finding, ...]
     verdicts: tuple[Verdict, ...]
+    replayed: Replayed | None = None  # its verdict is among the others
 
     @property
     def refuted(self) -> bool:
@@ -49,16 +51,24 @@ class Report:
             "refuted": self.refuted,
             "claims": [asdict(one) for one in self.verdicts],
             "rules": [asdict(one) for one in self.findings],
+            "replay": None if self.replayed is None else self.replayed.as_dict(),
             "completeness": COMPLETENESS,
         }
 
 
-def verify(root: Path, *, run: Path | None = None, trust: Trust | None = None, with_data: bool = False) -> Report:
-    """Look at a bundle, with the folder of the run and its data where they are given.
+def verify(
+    root: Path,
+    *,
+    run: Path | None = None,
+    trust: Trust | None = None,
+    with_data: bool = False,
+    replaying: Replaying | None = None,
+) -> Report:
+    """Look at a bundle, with the folder of the run and its data where given; take steps again where asked to.
 
     Raises RefusedError when it cannot be read, FullweightError on a key that cannot.
     """
-    return _report(open_subject(root, run, with_data), trust or Trust())
+    return _report(open_subject(root, run, with_data), trust or Trust(), replaying)
 
 
 def verify_together(roots: Sequence[Path], trust: Trust | None = None) -> list[Report]:
@@ -72,10 +82,12 @@ def verify_together(roots: Sequence[Path], trust: Trust | None = None) -> list[R
     ]
 
 
-def _report(subject: Subject, trust: Trust) -> Report:
+def _report(subject: Subject, trust: Trust, replaying: Replaying | None = None) -> Report:
     findings = [_signature(subject, trust), *apply(RULES, subject)]
     found = verdicts(subject, findings)
-    return Report(subject.bundle.root, subject.manifest.run, tuple(findings), tuple(found))
+    replayed = None if replaying is None else taken_again(subject, replaying)
+    found += [] if replayed is None else [replayed.verdict]
+    return Report(subject.bundle.root, subject.manifest.run, tuple(findings), tuple(found), replayed)
 
 
 def _signature(subject: Subject, trust: Trust) -> Finding:

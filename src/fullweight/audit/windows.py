@@ -21,9 +21,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from fullweight.core.errors import ConfigError
 
+_T = TypeVar("_T")
 _WINDOW = re.compile(r"(\d+):(\d+)")
 
 
@@ -64,9 +66,9 @@ def candidates(kept: Sequence[int]) -> list[Window]:
     return [Window(a, b) for a, b in pairwise(steps)]
 
 
-def draw(windows: Sequence[Window], head: str, value: str, count: int) -> list[Window]:
-    """`count` of `windows` (all, if there are no more), as the module says."""
-    left, drawn = list(windows), []
+def draw(among: Sequence[_T], head: str, value: str, count: int) -> list[_T]:
+    """`count` of the candidates (all, if there are no more), as the module says."""
+    left, drawn = list(among), []
     for i in range(min(count, len(left))):
         digest = hashlib.sha256(f"fullweight replay\n{head}\n{value}\n{i}".encode()).digest()
         drawn.append(left.pop(int.from_bytes(digest, "big") % len(left)))

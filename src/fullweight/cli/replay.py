@@ -22,7 +22,7 @@ _UNCHECKED = 3
 class Level(StrEnum):
     """How much of a run is repeated."""
 
-    run = "run"
+    step = "step"
     layer = "layer"
 
 
@@ -37,8 +37,8 @@ def replay_command(
         str | None, typer.Option(help="what is drawn with: a public value that was not known to the trainer")
     ] = None,
     level: Annotated[
-        Level, typer.Option(help="run: whole steps; layer: single layers from the files of --boundaries")
-    ] = Level.run,
+        Level, typer.Option(help="step: whole steps; layer: single layers from the files of --boundaries")
+    ] = Level.step,
     boundaries: Annotated[
         Path | None, typer.Option(help="folder of layers' boundaries (`fullweight boundaries`)")
     ] = None,
@@ -145,17 +145,10 @@ def _chosen(recorded: Recorded, given: list[str], count: int | None, beacon: str
 
 def _write(path: Path, results: Sequence[ReplayResult | LayerResult]) -> None:
     import json
-    import math
     from dataclasses import asdict
 
     from fullweight.core.errors import CheckpointError
-
-    def finite(value: object) -> object:
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        if isinstance(value, dict):
-            return {k: finite(v) for k, v in value.items()}
-        return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+    from fullweight.evidence.ledger import finite
 
     try:
         path.write_text(json.dumps([finite(asdict(r)) for r in results], indent=2) + "\n", encoding="utf-8")

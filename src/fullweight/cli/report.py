@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,22 +30,34 @@ def report_command(
     from fullweight.audit.signing import Trust
     from fullweight.audit.verify import verify
     from fullweight.evidence.bundle import LIST
-    from fullweight.report.document import write_report
-    from fullweight.report.record import raw_lines, record
 
     for file in (out, json_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
-    records = []
-    for root in runs:
-        sealed = (root / LIST).is_file()
-        verdicts = _verdicts(verify(root, trust=Trust(public_key))) if sealed else []
-        records.append(record(root, verdicts))
-    write_report(out, records, [raw_lines(root) for root in runs])
+        if file is not None:
+            require_folder(file)
+    sealed = [(root / LIST).is_file() for root in runs]
+    reports = [verify(r, trust=Trust(public_key)) if s else None for r, s in zip(runs, sealed, strict=True)]
+    records = write_pages(out, runs, reports)
     if json_file is not None:
         text = json.dumps({"format": 1, "runs": records}, indent=1, allow_nan=False)
         json_file.write_text(text + "\n", encoding="utf-8")
     typer.echo(f"report: {out}")
+
+
+def require_folder(file: Path) -> None:
+    """Raise ConfigError when there is no folder to write the file in."""
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+
+
+def write_pages(out: Path, roots: Sequence[Path], reports: Sequence[Report | None]) -> list[dict[str, Any]]:
+    """Write one page of runs and bundles, the latter with what was found of them; returns its data."""
+    from fullweight.report.document import write_report
+    from fullweight.report.record import raw_lines, record
+
+    pairs = zip(roots, reports, strict=True)
+    records = [record(root, [] if report is None else _verdicts(report)) for root, report in pairs]
+    write_report(out, records, [raw_lines(root) for root in roots])
+    return records
 
 
 def _verdicts(report: Report) -> list[dict[str, Any]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullweight.cli.replay import Level
+from fullweight.cli.report import require_folder, write_pages
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from fullweight.audit.drawn import Replayed, Replaying
     from fullweight.audit.verify import Report
 
 REFUTED, REFUSED = 1, 3
@@ -22,6 +27,22 @@ def verify_command(
     *,
     run: Annotated[Path | None, typer.Option(help="folder of the run, to check its checkpoints too")] = None,
     data: Annotated[bool, typer.Option("--data", help="make every batch of --run again from its data")] = False,
+    replay: Annotated[
+        int | None, typer.Option(min=1, help="draw so many windows of steps, or layers, and take them again")
+    ] = None,
+    beacon: Annotated[
+        str | None, typer.Option(help="what is drawn with: a public value of later than the bundle (random)")
+    ] = None,
+    level: Annotated[
+        Level, typer.Option(help="what --replay takes again: whole steps, or single layers of --boundaries")
+    ] = Level.step,
+    boundaries: Annotated[
+        Path | None, typer.Option(help="folder of layers' boundaries (`fullweight boundaries`)")
+    ] = None,
+    data_files: Annotated[
+        Path | None, typer.Option(help="folder with the run's data files for --replay, if not where they were")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="write the report of the bundle here too")] = None,
     public_key: Annotated[Path | None, typer.Option(help="key whose signature you trust, in PEM form")] = None,
     chain: Annotated[list[Path] | None, typer.Option(help="trusted certificate; repeatable")] = None,
     identity: Annotated[str | None, typer.Option(help="trusted Sigstore identity (online)")] = None,
@@ -30,41 +51,62 @@ def verify_command(
 ) -> None:
     """Say of every claim whether it holds, is refuted or cannot be checked.
 
+    With --replay the recorded configuration is trained under for some steps, in a temporary folder.
+
     Exit status: 0 nothing refuted, 1 something is, 2 wrong usage, 3 the bundle cannot be read or is refused.
     """
     import json
 
-    from rich.console import Console
-
     from fullweight.audit.signing import Trust
     from fullweight.audit.verify import verify, verify_together
-    from fullweight.core.errors import ConfigError
     from fullweight.evidence.bundle import RefusedError
 
-    if (run is not None or data) and len(bundles) > 1:
-        raise ConfigError(f"--run and --data go with one bundle, found {len(bundles)}")
+    replaying = _asked(replay, beacon, level, boundaries, data_files)
+    if (run is not None or data or replaying is not None) and len(bundles) > 1:
+        raise typer.BadParameter(f"--run, --data and --replay go with one bundle, found {len(bundles)}")
     if data and run is None:
-        raise ConfigError("--data reads the data of the run: give its folder with --run")
+        raise typer.BadParameter("--data reads the data of the run: give its folder with --run")
+    if page is not None:
+        require_folder(page)
     if (identity is None) != (issuer is None):
-        raise ConfigError("--identity and --issuer go together")
+        raise typer.BadParameter("--identity and --issuer go together")
     trust = Trust(public_key, tuple(chain or ()), identity, issuer)
     try:
         if len(bundles) > 1:
             reports = verify_together(bundles, trust)
         else:
-            reports = [verify(bundles[0], run=run, trust=trust, with_data=data)]
+            reports = [verify(bundles[0], run=run, trust=trust, with_data=data, replaying=replaying)]
     except RefusedError as error:
         if as_json:
             typer.echo(json.dumps({"refused": {"rule": error.rule, "reason": error.reason}}, indent=2))
         typer.secho(f"refused: {plain(str(error)).plain}", fg="red", err=True)
         raise typer.Exit(REFUSED) from None
-    if as_json:
-        typer.echo(json.dumps([report.as_dict() for report in reports], indent=2))
-    else:
-        for report in reports:
-            _print(report, Console(soft_wrap=True))
+    _tell(reports, as_json)
+    if page is not None:
+        write_pages(page, bundles, reports)
+        typer.echo(f"report: {page}", err=as_json)
     if any(report.refuted for report in reports):
         raise typer.Exit(REFUTED)
+
+
+def _asked(
+    count: int | None, beacon: str | None, level: Level, boundaries: Path | None, data_files: Path | None
+) -> Replaying | None:
+    """What --replay asks for; the options that belong to it are refused without it."""
+    import secrets
+
+    from fullweight.audit.again import Means
+    from fullweight.audit.drawn import Replaying
+
+    if (level is Level.layer) != (boundaries is not None):
+        raise typer.BadParameter("--level layer and --boundaries go together")
+    if count is None:
+        if beacon is not None or boundaries is not None or data_files is not None:
+            raise typer.BadParameter(
+                "--beacon, --level and --data-files go with --replay N: say how much to take again"
+            )
+        return None
+    return Replaying(count, beacon or secrets.token_hex(16), Means(data=data_files), boundaries)
 
 
 def plain(text: str) -> Text:
@@ -79,6 +121,18 @@ def shown(value: Any, unit: str | None) -> Text:
     number = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
     text = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(number)[:60]
     return plain(f"{text} {unit or ''}".strip() if value is not None else "unknown")
+
+
+def _tell(reports: Sequence[Report], as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps([report.as_dict() for report in reports], indent=2))
+        return
+    for report in reports:
+        _print(report, Console(soft_wrap=True))
 
 
 def _print(report: Report, console: Console) -> None:
@@ -103,7 +157,16 @@ def _print(report: Report, console: Console) -> None:
                 console.print(
                     Text(f"{status.value}: ", _MARKS[status.value]) + plain(f"{finding.rule}: {finding.told}")
                 )
+    if report.replayed is not None:
+        console.print(plain(_drawn(report.replayed)))
     held = sum(f.status is Status.holds for f in report.findings)
     console.print(plain(f"{held} of {len(report.findings)} rules hold"))
     console.print(plain(COMPLETENESS))
     console.print(Text("REFUTED", "bold red") if report.refuted else Text("nothing is refuted", "bold green"))
+
+
+def _drawn(replayed: Replayed) -> str:
+    """How the draw can be repeated, and what came of it."""
+    asked, verdict = replayed.asked, replayed.verdict
+    told = f"replay: drawn from {replayed.candidates} with --beacon {asked.beacon}, which draws the same again"
+    return told if verdict.value is None else f"{told}; {verdict.value}: {verdict.told}"
