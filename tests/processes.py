@@ -24,6 +24,7 @@ _GRACE_SECONDS = 10.0
 _LIMIT_SECONDS = 120.0
 _LOOK_SECONDS = 0.02
 _PRELOADED = ["torch", "torch.distributed", "fullweight.cli.main", "fullweight.train.loop", __name__]
+_PRELOADED += ["fullweight.report.document"]
 
 
 @dataclass(frozen=True)

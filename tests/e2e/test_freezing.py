@@ -41,7 +41,7 @@ def test_the_warm_up_recipe_trains_the_indexers_alone(tmp_path: Path, fullweight
     assert all(s["parameters"] == {"total": 7295014, "trained": 101952} for s in steps)
     assert "lower bound" in steps[0]["mfu_convention"]
     assert ledger(run, "event")[0]["parameters"]["trained"] == 101952
-    assert "101,952 trained of 7,295,014" in (run / "summary.html").read_text()
+    assert "101,952 trained of 7,295,014" in (run / "report.html").read_text()
     before, after = fresh(run), exported(run)
     assert set(before) == set(after)
     moved = {name for name in after if not torch.equal(before[name], after[name])}

@@ -191,7 +191,7 @@ def test_truncated_and_dropped_samples_are_counted_everywhere(
     [found] = next(line["data"] for line in ledger if line.get("what") == "start")
     assert tuple(found["train"][name] for name in names) == counts
     told = "3 truncated, 0 dropped as too long, 1 dropped without a trained token"
-    assert told in (run / "summary.html").read_text()
+    assert told in (run / "report.html").read_text()
     assert f"note: {data}: 5 samples kept, 3 truncated, 1 dropped without a trained token" in ended.output
     for policy, expected in (("truncate", counts), ("drop", (3, 0, 3, 0))):
         (tmp_path / "r.toml").write_text(f'[data]\nrow_tokens = 256\ntoo_long = "{policy}"\nsources = []\n')

@@ -32,5 +32,5 @@ def test_readme_commands_run(tmp_path: Path) -> None:
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=550
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for made in ("runs/demo/summary.html", "runs/demo-two-ranks/export/config.json", "runs/fresh/config.json"):
+    for made in ("runs/demo/report.html", "runs/demo-two-ranks/export/config.json", "runs/fresh/config.json"):
         assert (tmp_path / made).is_file(), made

@@ -48,7 +48,7 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     """Everything that section 4 of the run folder's documentation names is there."""
     names = {p.name for p in finished.iterdir()}
     expected = {"config.json", "model.json", "environment.json", "launch.json", "ledger.jsonl", "manifest.json"}
-    expected |= {"tokenizer", "checkpoints", "samples", "plots", "export", "summary.html", "coverage.json"}
+    expected |= {"tokenizer", "checkpoints", "samples", "plots", "export", "report.html", "coverage.json"}
     assert names == expected
     assert [s for s, _ in listed(finished / "checkpoints")] == [3, 6]
     assert sorted(p.name for p in (finished / "samples").iterdir()) == [

@@ -31,6 +31,7 @@ from fullweight.evidence.bundle import (
     Stated,
     open_bundle,
     open_plain,
+    read_object,
     stated,
 )
 from fullweight.evidence.lines import EventLine, History, Parameters, Peak, read_history
@@ -180,7 +181,7 @@ def open_subject(root: Path, run: Path | None = None, with_data: bool = False) -
     bundle = open_bundle(root)
     with open_plain(root / LEDGER) as stream:
         history = read_history(stream)
-    config, model = (_table(bundle, name) for name in (CONFIG, MODEL))
+    config, model = (read_object(root, name) for name in (CONFIG, MODEL))
     subject = Subject(
         bundle=bundle,
         history=history,
@@ -189,9 +190,9 @@ def open_subject(root: Path, run: Path | None = None, with_data: bool = False) -
         model=model,
         checkpoints=[stated(KeptCheckpoint, v, CHECKPOINTS) for v in _rows(bundle, CHECKPOINTS)],
         claims=[stated(Claim, v, CLAIMS) for v in _rows(bundle, CLAIMS)],
-        performance=_table(bundle, PERFORMANCE),
+        performance=read_object(root, PERFORMANCE),
         evaluation=bundle.read_json(EVALUATION),
-        coverage=_table(bundle, COVERAGE) if COVERAGE in bundle.listed else None,
+        coverage=read_object(root, COVERAGE) if COVERAGE in bundle.listed else None,
         run=run,
         with_data=with_data,
     )
@@ -238,13 +239,6 @@ def _settings(values: dict[str, Any], segment: int) -> Settings:
         return Settings.resolve(values, f"the configuration of segment {segment}")
     except ConfigError as error:
         raise RefusedError("bundle.json", str(error)) from None
-
-
-def _table(bundle: Bundle, name: str) -> dict[str, Any]:
-    value = bundle.read_json(name)
-    if not isinstance(value, dict):
-        raise RefusedError("bundle.json", f"{name} holds no table")
-    return value
 
 
 def _rows(bundle: Bundle, name: str) -> list[Any]:

@@ -114,7 +114,7 @@ class Bundle:
 
     def read_json(self, name: str) -> Any:
         """The value of a JSON file; raises RefusedError."""
-        return _read_json(self.root, name)
+        return read_json(self.root, name)
 
     def hash_problems(self) -> list[str]:
         """Files whose bytes are not those that `bundle.json` lists."""
@@ -137,7 +137,7 @@ def open_bundle(root: Path) -> Bundle:
         raise RefusedError(
             "bundle.complete", f"{root} has no {LIST}; give the folder that `fullweight seal` wrote"
         )
-    values = _read_json(root, LIST)
+    values = read_json(root, LIST)
     version = values.get("format") if isinstance(values, dict) else None
     if version != FORMAT or isinstance(version, bool):
         raise RefusedError(
@@ -152,6 +152,28 @@ def open_bundle(root: Path) -> Bundle:
         raise RefusedError("bundle.json", f"{LIST} lists a file twice")
     _require_complete(set(names), found)
     return Bundle(root, listing)
+
+
+def read_json(root: Path, name: str) -> Any:
+    """The value of a JSON file of a folder; raises RefusedError."""
+    with open_plain(root / name) as stream:
+        text = stream.read(MOST_JSON_BYTES + 1)
+    if len(text) > MOST_JSON_BYTES:
+        raise RefusedError("bundle.size", f"{name} has more than {MOST_JSON_BYTES:,} bytes")
+    try:
+        return parse_strict(text)
+    except ValueError as error:
+        raise RefusedError("bundle.json", f"{name}: {error}") from None
+
+
+def read_object(root: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file of a bundle or a run folder, empty where there is none; raises RefusedError."""
+    if not (root / name).is_file():
+        return {}
+    value = read_json(root, name)
+    if not isinstance(value, dict):
+        raise RefusedError("bundle.json", f"{name} holds no object")
+    return value
 
 
 def stated(kind: type[_T], values: Any, where: str, rule: str = "bundle.json") -> _T:
@@ -236,17 +258,6 @@ def _require_complete(listed: set[str], found: dict[str, int]) -> None:
         raise RefusedError("bundle.complete", f"{LIST} does not list {name}")
     for name in sorted(found.keys() - listed - {LIST, SIGNATURE}):
         raise RefusedError("bundle.complete", f"{name} does not belong: {LIST} does not list it")
-
-
-def _read_json(root: Path, name: str) -> Any:
-    with open_plain(root / name) as stream:
-        text = stream.read(MOST_JSON_BYTES + 1)
-    if len(text) > MOST_JSON_BYTES:
-        raise RefusedError("bundle.size", f"{name} has more than {MOST_JSON_BYTES:,} bytes")
-    try:
-        return parse_strict(text)
-    except ValueError as error:
-        raise RefusedError("bundle.json", f"{name}: {error}") from None
 
 
 def digest(path: Path) -> tuple[int, str]:

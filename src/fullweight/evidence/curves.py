@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fullweight.core.errors import DataError
-from fullweight.core.strict_json import parse_json
 from fullweight.evidence import ledger
+from fullweight.evidence.bundle import read_object
 
 LOSS = "lm"
 HELD_OUT = "held_out"
@@ -130,7 +130,7 @@ def _of_run(path: Path) -> Curve:
 def _facts(path: Path) -> dict[str, Any]:
     """Where and with what it ran, from the files beside the ledger; what is not there is left out."""
     facts: dict[str, Any] = {}
-    held = {name: _json(path / f"{name}.json") for name in ("manifest", "environment", "config")}
+    held = {name: read_object(path, f"{name}.json") for name in ("manifest", "environment", "config")}
     environment = held["environment"] or held["manifest"].get("environment") or {}
     config = held["config"] or held["manifest"].get("config") or {}
     for name, value in (
@@ -145,16 +145,6 @@ def _facts(path: Path) -> dict[str, Any]:
         if value is not None:
             facts[name] = value
     return facts
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _foreign(path: Path, kind: str, table: dict[str, dict[int, float]], columns: Mapping[str, str]) -> Curve:

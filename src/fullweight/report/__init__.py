@@ -1,1 +1,1 @@
-"""Pictures and the one-page summary of a run, built from its folder alone."""
+"""The page of a run, and one picture, built from its folder or its bundle alone."""

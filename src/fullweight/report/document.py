@@ -15,13 +15,20 @@ from plotly.graph_objects import Figure
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from fullweight.report.figures import figures, together
-from fullweight.report.page import write_page
+from fullweight.report.figures import LEARNT, figures, together
+from fullweight.report.page import png, write_page
+from fullweight.report.picture import loss_picture
+from fullweight.report.record import raw_lines, record
 
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 _MOST_LINE_BYTES = 16 * 2**20
 """Ledger lines of a run that the page holds; of longer ledgers it names the numbers of the lines."""
 _UNKNOWN = "unknown"
+_CUT = {
+    "truncated": "truncated",
+    "dropped as too long": "dropped_too_long",
+    "dropped without a trained token": "dropped_untrained",
+}
 
 
 def write_report(
@@ -35,7 +42,7 @@ def write_report(
         {
             "run": run,
             "headline": headline(run),
-            "figures": [(title, _drawn(figure, f"run{number}")) for title, figure in figures(run).items()],
+            **_figures(run, f"run{number}"),
             "lines": _embedded(lines[number]),
             "config": json.dumps(run["config"], indent=2),
             "manifest": json.dumps(run["manifest"], indent=2),
@@ -53,6 +60,14 @@ def write_report(
     )
 
 
+def write_run(root: Path, page: Path, picture: Path) -> None:
+    """What a run leaves for a person: its page, and its loss as one picture for where no page can be shown."""
+    found = record(root)
+    write_report(page, [found], [raw_lines(root)])
+    picture.parent.mkdir(exist_ok=True)
+    picture.write_bytes(png(loss_picture(found)))
+
+
 def headline(run: dict[str, Any]) -> list[tuple[str, str]]:
     """What the run comes to, recomputed from its ledger; what is not known says so."""
     found, steps = run["performance"], run["steps"]
@@ -61,6 +76,7 @@ def headline(run: dict[str, Any]) -> list[tuple[str, str]]:
     open_end = "" if run["finished"] else ", not finished"
     rows = [
         ("steps", f"{found['steps']:,}, {found['skipped']} skipped{open_end}"),
+        ("parameters", _parameters(run["parameters"])),
         ("tokens", f"{found['tokens']['real']:,} real, {found['tokens']['padding']:,} padding"),
         ("training loss", f"{_number(steps['loss']['lm'][0])} to {_number(steps['loss']['lm'][-1])}"),
         *_held_out(run),
@@ -69,7 +85,7 @@ def headline(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("MFU", _mfu(mfu)),
         ("goodput", _goodput(goodput)),
         ("energy", _energy(energy)),
-        ("routing", ", ".join(sorted(_routing(run))) or _UNKNOWN),
+        ("routing", _routing(steps)),
     ]
     coverage = run["coverage"]
     if coverage is None:
@@ -81,7 +97,24 @@ def headline(run: dict[str, Any]) -> list[tuple[str, str]]:
         if totals["changed_master"] is not None:
             told += f", {100 * totals['changed_master'] / totals['elements']:.2f} % changed in fp32"
         rows.append(("full-parameter", told))
-    return rows
+    return [*rows, *((f"data: {source['name']}", _source(source)) for source in run["sources"])]
+
+
+def _parameters(count: dict[str, int]) -> str:
+    total, trained = count["total"], count["trained"]
+    return f"{total:,}, all trained" if trained == total else f"{trained:,} trained of {total:,}, the rest frozen"
+
+
+def _source(source: dict[str, Any]) -> str:
+    """What became of the samples of a source; a side without samples is left out."""
+    parts = [f"{source['records']:,} records", f"{source['duplicates']:,} duplicates"]
+    if source["also_held_out"]:
+        parts.append(f"{source['also_held_out']:,} with a held-out question")
+    for name, side in (("train", source["train"]), ("held out", source["held_out"])):
+        if any(side.values()):
+            told = ", ".join(f"{side[key]:,} {what}" for what, key in _CUT.items())
+            parts.append(f"{name}: {side['samples']:,} samples of {side['tokens']:,} tokens ({told})")
+    return "; ".join(parts)
 
 
 def _held_out(run: dict[str, Any]) -> list[tuple[str, str]]:
@@ -98,8 +131,10 @@ def _held_out(run: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _routing(run: dict[str, Any]) -> set[str]:
-    return set(run["steps"]["routing"])
+def _routing(steps: dict[str, Any]) -> str:
+    told = f"{', '.join(sorted(set(steps['routing'])))}; busiest expert {steps['expert_load'][-1]:.2f} of the mean"
+    dropped = sum(steps["dropped"])
+    return f"{told}, {dropped:,} choices dropped" if dropped else told
 
 
 def _mfu(mfu: dict[str, Any]) -> str:
@@ -135,6 +170,13 @@ def _embedded(lines: Sequence[str]) -> str | None:
     if sum(map(len, lines)) > _MOST_LINE_BYTES:
         return None
     return json.dumps(list(lines)).replace("<", "\\u003c")
+
+
+def _figures(run: dict[str, Any], group: str) -> dict[str, list[tuple[str, str]]]:
+    """Drawn figures with their titles: what was learnt, which comes before the answers, and how."""
+    drawn = [(title, _drawn(figure, group)) for title, figure in figures(run).items()]
+    first = [pair for pair in drawn if pair[0] in LEARNT]
+    return {"learnt": first, "figures": [pair for pair in drawn if pair not in first]}
 
 
 def _drawn(figure: Figure, group: str) -> str:

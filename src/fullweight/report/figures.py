@@ -17,13 +17,14 @@ from plotly.subplots import make_subplots
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _INK, _GRID = "#808890", "rgba(128,136,144,0.25)"
 _GIB = 2**30
+LEARNT = ("Loss", "Held-out score")
 
 
 def figures(run: dict[str, Any]) -> dict[str, Figure]:
     """Figures by title, in the order of the page; those for which the run has no numbers are left out."""
     drawn = {
-        "Loss": _loss(run),
-        "Held-out score": _score(run),
+        LEARNT[0]: _loss(run),
+        LEARNT[1]: _score(run),
         "Tokens per second and MFU": _rates(run),
         "Gradient norm and learning rate": _descent(run),
         "Time by phase": _phases(run),

@@ -8,19 +8,111 @@ this dict and nothing else, so they cannot differ. Imports no torch.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator
+
 from fullweight.core.errors import CheckpointError
-from fullweight.core.strict_json import parse_strict
-from fullweight.evidence.bundle import COVERAGE, LEDGER, LIST, MANIFEST, MODEL, MOST_LEDGER_BYTES, open_plain
+from fullweight.evidence.bundle import (
+    CONFIG,
+    COVERAGE,
+    LEDGER,
+    LIST,
+    MANIFEST,
+    MODEL,
+    MOST_LEDGER_BYTES,
+    RefusedError,
+    Stated,
+    open_plain,
+    read_json,
+    read_object,
+    stated,
+)
 from fullweight.evidence.kinds import kind_of, layer_of
-from fullweight.evidence.lines import EvalLine, History, StepLine, read_history
+from fullweight.evidence.lines import Count, EvalLine, EventLine, History, StepLine, read_history
 from fullweight.evidence.performance import FlopsRule, performance
 
 FORMAT = 1
 _PHASES = ("data", "forward", "backward", "optimizer")
+_SAMPLES = re.compile(r"step-\d{1,18}\.json")
+
+
+class _Side(Stated):
+    samples: Count
+    tokens: Count
+    truncated: Count
+    dropped_too_long: Count
+    dropped_untrained: Count
+
+
+class _Source(Stated):
+    """What became of one source's records, as an event tells it."""
+
+    name: str
+    records: Count
+    duplicates: Count
+    also_held_out: Count
+    train: _Side
+    held_out: _Side
+
+
+class _Answer(Stated):
+    """What the model said to one question."""
+
+    question: str
+    response: str
+    expected: str | None
+    correct: bool | None
+
+
+class _Sums(Stated):
+    elements: int = Field(ge=1)
+    reached: Count
+    changed_master: Count | None
+    changed_bf16: Count | None
+
+
+class _Tensor(_Sums):
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            kind_of(name)
+        except StopIteration:
+            raise ValueError("it is no tensor of the model") from None
+        return name
+
+
+class _Expert(Stated):
+    name: str = Field(pattern=r"\.\d{1,9}$")
+    routed_tokens: Count | None
+
+
+class _Finding(Stated):
+    code: str
+    weight: str
+    text: str
+
+
+class _Claim(Stated):
+    full_parameter: str
+
+
+class _Coverage(Stated):
+    """What of coverage.json is shown; `evidence/coverage_report.py` says what it holds."""
+
+    claim: _Claim
+    parameters: dict[str, Count]
+    first_weights: dict[str, Any]
+    totals: _Sums
+    findings: list[_Finding]
+    tensors: list[_Tensor]
+    experts: list[_Expert]
 
 
 def record(root: Path, verdicts: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -34,8 +126,8 @@ def record(root: Path, verdicts: Sequence[dict[str, Any]] = ()) -> dict[str, Any
     history = read_history(io.BytesIO(_ledger(root, sealed)))
     if not history.steps:
         raise CheckpointError(f"{root / LEDGER} holds no step yet; nothing to report")
-    manifest, config = _object(root / MANIFEST), _object(root / "config.json")
-    figures = performance(history, FlopsRule.of(_object(root / MODEL), config))
+    manifest, config = read_object(root, MANIFEST), read_object(root, CONFIG)
+    figures = performance(history, FlopsRule.of(read_object(root, MODEL), config))
     return {
         "format": FORMAT,
         "name": root.resolve().name,
@@ -44,11 +136,13 @@ def record(root: Path, verdicts: Sequence[dict[str, Any]] = ()) -> dict[str, Any
         "finished": bool(history.events("finish")),
         "claims": list(verdicts),
         "performance": figures,
+        "parameters": history.steps[-1].parameters.model_dump(include={"total", "trained"}),
+        "sources": _sources(history),
         "steps": _steps(history),
         "superseded": _superseded(history),
         "evaluations": _evaluations(history),
         "segments": _segments(history),
-        "coverage": _coverage(_object(root / COVERAGE)),
+        "coverage": _coverage(read_object(root, COVERAGE)),
         "samples": _samples(root),
         "config": config,
         "manifest": manifest,
@@ -65,19 +159,6 @@ def _ledger(root: Path, sealed: bool) -> bytes:
     with open_plain(root / LEDGER) as stream:
         content = stream.read(MOST_LEDGER_BYTES)
     return content if sealed else content[: content.rfind(b"\n") + 1]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = parse_strict(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no object")
-    return value
 
 
 def _steps(history: History) -> dict[str, Any]:
@@ -107,6 +188,7 @@ def _steps(history: History) -> dict[str, Any]:
         },
         "watts": [line.power.watts for line in lines],
         "expert_load": [line.experts.max_over_mean for line in lines],
+        "dropped": [line.experts.dropped for line in lines],
         "routing": [line.routing for line in lines],
         "skipped": [line.skipped for line in lines],
     }
@@ -157,21 +239,33 @@ def _segments(history: History) -> list[dict[str, Any]]:
     return found
 
 
+def _sources(history: History) -> list[dict[str, Any]]:
+    """What became of the samples of each source, from the newest event that says so."""
+    events = [one.line for one in history.live if isinstance(one.line, EventLine)]
+    found = [told for line in events if (told := line.get("data")) is not None]
+    if not found:
+        return []
+    if not isinstance(found[-1], list):
+        raise RefusedError("ledger.shape", "an event tells its data by no list")
+    return [stated(_Source, value, "an event's data", "ledger.shape").model_dump() for value in found[-1]]
+
+
 def _coverage(content: dict[str, Any]) -> dict[str, Any] | None:
     """The parts of coverage.json that are drawn: tensors summed by layer and kind, tokens by layer and expert."""
     if not content:
         return None
+    found = stated(_Coverage, content, COVERAGE)
     cells: dict[tuple[str, str], dict[str, float]] = {}
-    for tensor in content["tensors"]:
-        cell = cells.setdefault((layer_of(tensor["name"]), kind_of(tensor["name"])), {})
+    for tensor in found.tensors:
+        cell = cells.setdefault((layer_of(tensor.name), kind_of(tensor.name)), {})
         for key in ("elements", "reached", "changed_master", "changed_bf16"):
-            cell[key] = cell.get(key, 0) + (tensor[key] or 0)
+            cell[key] = cell.get(key, 0) + (getattr(tensor, key) or 0)
     experts = [
-        {"layer": layer_of(e["name"]), "expert": int(e["name"].rsplit(".", 1)[1]), "tokens": e["routed_tokens"]}
-        for e in content["experts"]
+        {"layer": layer_of(e.name), "expert": int(e.name.rsplit(".", 1)[1]), "tokens": e.routed_tokens}
+        for e in found.experts
     ]
     return {
-        "claim": content["claim"]["full_parameter"],
+        "claim": found.claim.full_parameter,
         "parameters": content["parameters"],
         "totals": content["totals"],
         "findings": content["findings"],
@@ -183,8 +277,16 @@ def _coverage(content: dict[str, Any]) -> dict[str, Any] | None:
 
 def _samples(root: Path) -> list[dict[str, Any]]:
     """Questions with the first and the last recorded answer."""
-    files = sorted((root / "samples").glob("step-*.json"), key=lambda p: int(p.stem.removeprefix("step-")))
-    if not files:
+    names = [p.name for p in (root / "samples").glob("step-*.json") if _SAMPLES.fullmatch(p.name)]
+    if not names:
         return []
-    first, last = (parse_strict(path.read_bytes()) for path in (files[0], files[-1]))
+    ordered = sorted(names, key=lambda name: int(name[len("step-") : -len(".json")]))
+    first, last = (_answers(root / "samples", name) for name in (ordered[0], ordered[-1]))
     return [{"before": a, "after": b} for a, b in zip(first, last, strict=False)]
+
+
+def _answers(folder: Path, name: str) -> list[dict[str, Any]]:
+    values = read_json(folder, name)
+    if not isinstance(values, list):
+        raise RefusedError("bundle.json", f"{name} holds no list")
+    return [stated(_Answer, value, name).model_dump() for value in values]

@@ -14,7 +14,6 @@ from fullweight.checkpoint.generations import listed
 from fullweight.checkpoint.manifest import Generation, verify
 from fullweight.checkpoint.peers import Peers
 from fullweight.checkpoint.receipt import RECEIPT
-from fullweight.report.build import build_report
 from fullweight.train.assemble import Run
 from fullweight.train.coverage import AT_END_PARAMETERS, measure_run, write_coverage
 from fullweight.train.evaluate import Answer
@@ -34,11 +33,13 @@ def finish(run: Run, records: Records) -> None:
         if run.ranks.is_main:
             _record_end(run, records)
             _cover(run, generation, reporter)
-            build_report(run.folder.root)
+            from fullweight.report.document import write_run  # noqa: PLC0415 - a second, of one rank, at the end
+
+            write_run(run.folder.root, run.folder.report, run.folder.picture)
             _show_before_after(run.folder, run.config.eval.show, reporter)
             if run.config.export.enabled:
                 reporter.say(f"weights: {run.folder.export}")
-            reporter.say(f"summary: {run.folder.summary}")
+            reporter.say(f"report: {run.folder.report}")
 
 
 def _record_end(run: Run, records: Records) -> None:

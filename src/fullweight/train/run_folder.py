@@ -4,7 +4,7 @@
     model.json          the architecture (published form) checkpoints/   step-N: exact training state
     environment.json    versions, commit, machine         samples/       what the model answered, by step
     tokenizer/          the tokenizer in use              plots/         pictures
-    export/             final weights, published names    summary.html   one page that shows it all
+    export/             final weights, published names    report.html    one page that shows it all
     import.json         receipt of the weights it began   source/        how those were published: headers, scales
                         with, when from a checkpoint
     launch.json         which launch made the folder      stalls/        stacks of ranks that stood still
@@ -106,8 +106,12 @@ class RunFolder:
         return self.root / "stalls"
 
     @property
-    def summary(self) -> Path:
-        return self.root / "summary.html"
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def picture(self) -> Path:
+        return self.root / "plots" / "loss.png"
 
     def check_free(self, again: bool = False) -> None:
         """Raise ConfigError when the folder holds something already; with `again`, beside what `clear` leaves."""
@@ -140,11 +144,11 @@ class RunFolder:
         if not self.ledger.is_file() or not self.ledger.stat().st_size:
             for path in (self.ledger, self.manifest):
                 path.unlink(missing_ok=True)
-        files = (self.config, self.model, self.environment, self.imported, self.summary, self.coverage)
+        files = (self.config, self.model, self.environment, self.imported, self.report, self.coverage)
         for path in files:
             path.unlink(missing_ok=True)
             durable.temporary(path).unlink(missing_ok=True)
-        folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.root / "plots")
+        folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.picture.parent)
         for path in (*folders, *unfinished(self.source), *unfinished(self.export)):
             if path.exists():
                 shutil.rmtree(path)

@@ -5,44 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from tests.unit.report.recorded import step_line
 
 from fullweight.cli.main import main
 from fullweight.evidence.ledger import Ledger
 from fullweight.report.watch import ADDRESS, Watch
-
-
-def step_line(step: int) -> dict[str, Any]:
-    """What a ledger holds of a step."""
-    return {
-        "loss": {"lm": 3.0 - step / 10},
-        "loss_hex": {},
-        "total_loss": 3.0,
-        "grad_norm": 1.0,
-        "learning_rate": 1e-3,
-        "tokens": {"real": 100, "padding": 0, "trained": 50, "so_far": 100 * step},
-        "tokens_per_second": 100.0,
-        "model_flops_per_second": 1e9,
-        "mfu": 0.1,
-        "mfu_convention": "none of ours",
-        "peak": {"flops_per_second": 1e10, "source": "stated"},
-        "experts": {"max_over_mean": 1.5, "dropped": 0},
-        "parameters": {"total": 1, "trained": 1},
-        "routing": "natural",
-        "operations": "cpu",
-        "seconds": {"forward": 1.0, "total": 1.0},
-        "skipped": None,
-        "power": {"watts": None, "source": None},
-        "batch": {
-            "digest": "00",
-            "samples": 1,
-            "pairs": {"window": 1, "csa_selected": 0, "csa_visible": 0, "hca": 0},
-        },
-    }
 
 
 @pytest.fixture

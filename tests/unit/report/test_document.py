@@ -1,0 +1,114 @@
+"""The page and the picture are made from the run folder alone, whatever models or strangers wrote into it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.report.recorded import evaluation, step_line
+
+from fullweight.core.errors import CheckpointError
+from fullweight.evidence.bundle import RefusedError
+from fullweight.evidence.ledger import Ledger
+from fullweight.report.document import headline, write_run
+from fullweight.report.record import record
+
+ANSWER = {"id": "a", "question": "1 < 2?", "response": "<img src=x>", "expected": "yes", "correct": False}
+
+
+def make_run(root: Path, lines: list[tuple[str, int, dict[str, Any]]], **told: Any) -> Path:
+    """A run folder with these lines, and half a line that a kill left."""
+    ledger = Ledger(root / "ledger.jsonl")
+    ledger.begin("start", 0, {"format": 2, **told})
+    for kind, step, entry in lines:
+        ledger.append(kind, step, entry)
+    ledger.close()
+    with (root / "ledger.jsonl").open("ab") as stream:
+        stream.write(b'{"torn')
+    (root / "config.json").write_text('{"name": "<b>run</b>"}')
+    (root / "samples").mkdir()
+    for step in (0, 3, 10):
+        (root / "samples" / f"step-{step}.json").write_text(json.dumps([ANSWER | {"correct": step == 10}]))
+    return root
+
+
+def written(root: Path) -> str:
+    write_run(root, root / "report.html", root / "plots" / "loss.png")
+    return (root / "report.html").read_text()
+
+
+def test_the_page_stands_alone_and_leads_with_what_was_learnt(tmp_path: Path) -> None:
+    """Nothing is fetched, generated text cannot become markup, and answers come before how they were made."""
+    lines = [("eval", 0, evaluation(6.0, 0.0)), ("step", 1, step_line(1, 5.0)), ("step", 2, step_line(2, "nan"))]
+    make_run(tmp_path, [*lines, ("step", 3, step_line(3, 3.0)), ("eval", 3, evaluation(2.5, 0.75))])
+    page = written(tmp_path)
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", outside)
+    assert "<img src=x>" not in page
+    assert "&lt;img src=x&gt;" in page
+    assert "&lt;b&gt;run" in page
+    assert "0.0 % to 75.0 % of 4" in page
+    assert "6.0000 to 2.5000" in page
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[:5] == [
+        *("What it comes to", "Loss", "Held-out score"),
+        *("What it answers", "Tokens per second and MFU"),
+    ]
+    assert page.index("before</th><th>after") < page.index('<span class="holds">right</span>')
+    assert (tmp_path / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_headline_says_what_was_refused_and_what_is_no_number(tmp_path: Path) -> None:
+    """The ledger writes NaN by its name; a diverged run still gets its page, and a skipped step is counted."""
+    lines = [("eval", 0, evaluation(6.0, None)), ("step", 1, step_line(1, 5.0)), ("step", 2, step_line(2, "nan"))]
+    make_run(tmp_path, [*lines, ("eval", 2, evaluation("nan", None))])
+    found = dict(headline(record(tmp_path)))
+    assert found["steps"] == "2, 1 skipped, not finished"
+    assert found["training loss"] == "5.0000 to nan"
+    assert found["held-out loss"] == "6.0000 to nan"
+    assert "held-out score" not in found
+    assert found["parameters"] == "1, all trained"
+
+
+def test_a_run_without_steps_has_nothing_to_report(tmp_path: Path) -> None:
+    """One message instead of an empty page."""
+    make_run(tmp_path, [("eval", 0, evaluation(6.0, None))])
+    with pytest.raises(CheckpointError, match="no step yet"):
+        written(tmp_path)
+
+
+def test_what_became_of_each_source_is_on_the_page(tmp_path: Path) -> None:
+    """Counts of the newest event that has them; a side without samples is left out."""
+    side = {"samples": 1200, "tokens": 9, "trained_tokens": 5, "truncated": 0}
+    side |= {"dropped_too_long": 2, "dropped_untrained": 1}
+    source = {"name": "a.jsonl", "records": 1204, "duplicates": 1, "also_held_out": 0}
+    source |= {"train": side, "held_out": dict.fromkeys(side, 0)}
+    again = {"what": "export", "data": [source]}
+    make_run(tmp_path, [("step", 1, step_line(1)), ("event", 1, again)], data=[source | {"records": 7}])
+    told = "1,204 records; 1 duplicates; train: 1,200 samples of 9 tokens (0 truncated, 2 dropped as too long, "
+    told += "1 dropped without a trained token)"
+    assert dict(headline(record(tmp_path)))["data: a.jsonl"] == told
+    assert told in written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("samples/step-10.json", "{}"),
+        ("samples/step-10.json", '[{"question": 1}]'),
+        ("coverage.json", '{"tensors": []}'),
+        ("coverage.json", "[]"),
+        ("config.json", "{"),
+    ],
+)
+def test_files_of_another_shape_are_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
+    """A stranger's bundle may hold anything; the message says which file it is, and no page is written."""
+    make_run(tmp_path, [("step", 1, step_line(1))])
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RefusedError, match=r"^bundle\.json: " + name.rpartition("/")[2]):
+        written(tmp_path)
+    assert not (tmp_path / "report.html").exists()
