@@ -39,8 +39,13 @@ class WeightGradients:
         def run() -> None:
             while taken:
                 weight, product = taken.pop(0)
+                token = _forming.set(True)
+                try:
+                    gradient = product()
+                finally:
+                    _forming.reset(token)
                 # a weight may be a part or a view of a parameter: autograd knows the way
-                torch.autograd.backward(weight, product())
+                torch.autograd.backward(weight, gradient)
 
         return run
 
@@ -57,6 +62,12 @@ class Late:
 
 
 _open: ContextVar[WeightGradients | None] = ContextVar("open queue of weight gradients", default=None)
+_forming: ContextVar[bool] = ContextVar("a product that was put off is being formed", default=False)
+
+
+def forming() -> bool:
+    """Whether a product that was put off runs now: part of a backward pass, though autograd runs none."""
+    return _forming.get()
 
 
 @contextmanager

@@ -48,6 +48,8 @@ class Around:
     asks: bool = False  # in backward, for the unit before
     asked: int = 0  # how many of its groups what is behind asks for
     before: Unit | None = None
+    ahead: Unit | None = None  # of another micro-batch, whose gathering the backward pass asks for
+    again: bool = False  # what an earlier backward pass summed over copies is still held
     behind: Unit | None = None
     holds_input: bool = False
     holds_gradient: bool = False
@@ -101,6 +103,12 @@ def _tools(around: Around) -> tuple[Tape, Graph, Sharding, Operations]:
             sharding.left_gather = tape.new(around.before.last, COMMUNICATION)
         if around.asks and around.before is not None:
             sharding.before = around.unit.asked_for(around.before)
+    if around.ahead is not None:
+        sharding.before = around.unit.asked_for(around.ahead)
+    if around.again:
+        for group in (*around.unit.groups, *around.unit.experts):
+            if group.summed:
+                sharding.held[group] = tape.new(group.part, COMMUNICATION)
     graph = Graph(tape)
     if around.keeps_graph:
         graph.outlives = []

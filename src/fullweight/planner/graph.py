@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,7 @@ class Node:
     num_outputs: int
     saved: list[Any] = field(default_factory=list)  # what hooks of saved tensors see
     own: tuple[Any, ...] = ()  # what it keeps past all hooks
+    keeps: bool = False  # anything that hooks see: what makes a part run again
 
 
 @dataclass(eq=False)
@@ -71,6 +73,10 @@ class Frame:
     ready: bool = False
 
 
+class _EnoughError(Exception):
+    """All that a part's nodes keep has been made again: torch's checkpoint runs no further."""
+
+
 class Graph:
     """Operations in order of their making. `recipes` says whether cheap outputs are kept as calls."""
 
@@ -81,6 +87,7 @@ class Graph:
         self.book: list[Recipe] = []  # of the block that is run: the nodes that keep anything keep all of it
         self.frame: Frame | None = None  # inside a part that is run again
         self.record: list[Node] | None = None  # while it is run again
+        self.enough = 0  # nodes of the record, up to the last that keeps anything
 
     def node(
         self,
@@ -93,10 +100,12 @@ class Graph:
         """An operation's outputs. Of `saved`, a value that has a recipe is kept as that."""
         self.count += 1
         edges = tuple([v.source if v is not None else None for v in inputs])
-        node = Node(self.count, backward, edges, len(blocks), [], own)
+        node = Node(self.count, backward, edges, len(blocks), [], own, bool(saved))
         kept = [self._kept(item) for item in saved]
         if self.record is not None:
             self.record.append(Node(0, backward, (), 0, kept))
+            if len(self.record) == self.enough:
+                raise _EnoughError
         elif self.frame is not None:
             self.frame.nodes.append(node)
             node.own = (*own, self.frame)
@@ -132,9 +141,11 @@ class Graph:
     def _again(self, frame: Frame) -> None:
         """Run the part of the frame again, for what its nodes should have kept."""
         self.record = []
-        frame.function(*[Value(made(v.block), v.source) for v in frame.inputs])
+        self.enough = 1 + max(i for i, node in enumerate(frame.nodes) if node.keeps)
+        with suppress(_EnoughError):
+            frame.function(*[Value(made(v.block), v.source) for v in frame.inputs])
         found, self.record = self.record, None
-        for mine, made_again in zip(frame.nodes, found, strict=True):
+        for mine, made_again in zip(frame.nodes, found, strict=False):  # the rest keep nothing
             mine.saved = made_again.saved
         frame.nodes, frame.ready = [], True
 
@@ -192,7 +203,7 @@ class Graph:
 
     def _run(self, node: Node, gradients: list[Block | None]) -> Gradients:
         frame = node.own[-1] if node.own and isinstance(node.own[-1], Frame) else None
-        if frame is not None and not frame.ready:
+        if frame is not None and not frame.ready and node.keeps:
             self._again(frame)
         saved, node.saved = [made(kept) for kept in node.saved], node.saved
         return node.backward(gradients, saved)

@@ -61,20 +61,18 @@ class Setting:
 
 
 def num_groups(layout: Layout) -> int:
-    """Process groups that a rank is in: one for each kind of exchange that the layout has, and that of all
-    ranks."""
-    axes = (
-        layout.dense > 1,
-        layout.replicate > 1,
-        layout.tensor > 1,
-        layout.tensor > 1 and layout.dense > layout.tensor,
-        layout.expert > 1,
-        layout.expert > 1 and layout.expert_shard > 1,
-        layout.num_slices > 1,
-        layout.context > 1,
-        layout.pipeline > 1,
-    )
-    return 1 + sum(axes)
+    """Process groups that a rank is in, as `parallel/mesh.py` makes them: that of all ranks, which serves an axis
+    as large too, and one for each axis of each mesh that the layout has."""
+    if layout.world == 1:
+        return 1
+    sizes = [layout.dense]
+    if layout.tensor > 1:
+        sizes += [layout.tensor, layout.shard * layout.context]
+    if layout.expert > 1:
+        sizes += [layout.expert, layout.expert_shard]
+    others = layout.replicate, layout.num_slices, layout.context, layout.pipeline
+    sizes += [size for size in others if size > 1]
+    return 1 + sum(size != layout.world for size in sizes)
 
 
 class MemoryModel:

@@ -399,12 +399,13 @@ class Operations:
             )
             dscale, dx_rows = self.new((rows + 1) * FP32), self.new((rows + 1) * d * BF16)
             kept: list[tuple[Block, Block]] = []
-            grad_rows = pair = dhidden = None
+            grad_rows = pair = dhidden = buffers = None
             for number, count in shown:
                 grad_rows = self.new(count * d * BF16)
                 pair = self.new(count * f * BF16), self.new(count * f * BF16)
                 dhidden = self.new(count * 2 * f * BF16)
                 self.new(number * d * f * BF16)
+                buffers = (*pair, dhidden)  # holds those of the turn before until now
                 if weighed is not None:
                     self.new(number * d * f * BF16)
                     again = self.new(count * d * BF16)
@@ -434,7 +435,7 @@ class Operations:
             if weighed is not None:
                 self.weigh("ffn.experts.gate_up", weighed[0])
                 self.weigh("ffn.experts.down", weighed[1])
-            del grad_rows, pair, dhidden
+            del grad_rows, pair, dhidden, buffers
             return dx, dweights
 
         return self.graph.node(backward, [x, weights], [out], [x, hidden, scale], (token, place))[0]

@@ -91,7 +91,12 @@ class Step:
         backward = [self._asked_by_root(part), *[e.backward for e in reversed(elements)]]
         if not first:
             forward.append(moved(activations=-self._owned(elements)))
-        return together([*forward, *backward, *self._root_reduction(first, units[0])])
+        ended = moved(communication=0 if first else -self._summed(part))
+        return together([*forward, *backward, *self._root_reduction(first, units[0]), ended])
+
+    def _summed(self, part: Part) -> int:
+        """Bytes that a pass leaves of what it summed over copies."""
+        return sum(unit.summed for unit in (self.held.root, *self._units(part)))
 
     def _owned(self, elements: Sequence[Pass]) -> int:
         """What the operations of a micro-batch own beside what they kept: it goes with the graph, when the next
@@ -103,8 +108,12 @@ class Step:
         elements = self._elements(self.held.parts[0], first=False)
         return sum(e.forward.net[ACTIVATIONS] + e.backward.net[ACTIVATIONS] for e in elements)
 
-    def _elements(self, part: Part, first: bool, root_comes: bool = True) -> list[Pass]:
-        """In the order of a forward pass; `root_comes`: what lies outside of blocks is gathered before it."""
+    def _elements(self, part: Part, first: bool, root_comes: bool = True, again: bool = False) -> list[Pass]:
+        """In the order of a forward pass.
+
+        `root_comes`: what lies outside of blocks is gathered before it; `again`: what was summed over copies
+        before is still held.
+        """
         units = self._units(part)
         found = [self._context(part)]
         if part.is_first:
@@ -118,6 +127,7 @@ class Step:
             "root": self.held.root.sharded,
             "uses": 2 if self.mtp else 1,
             "keeps_graph": not self.staged,
+            "again": again,
         }
         # the stage that runs first finds what was gathered for the root
         begin = self.held.root if part is self.held.parts[0] and root_comes else None
@@ -129,6 +139,7 @@ class Step:
                 before=(units[i - 1] if i else begin) if self.hooked else None,
                 asks=self.hooked and i > 0,
                 asked=self._asked(units, i),
+                ahead=units[-1] if i == 0 and self._mistaken(part) else None,
                 behind=units[i + 1] if self.hooked and i + 1 < len(units) else end,
                 holds_input=self.staged and i == 0 and not part.is_first,
                 holds_gradient=self.staged and i == count - 1 and not part.is_last,
@@ -148,6 +159,17 @@ class Step:
             made = self.passes("tail", self.row, 0, tail)
             found.append(self._whole(made, units, count, None, first) if self.mtp else made)
         return found
+
+    def _mistaken(self, part: Part) -> int:
+        """Bytes that a backward pass gathers for another micro-batch.
+
+        Where nothing lies outside of blocks, FSDP goes on from a micro-batch's first unit with the last one of
+        another; its bytes wait for that unit's next pass.
+        """
+        units = self._units(part)
+        if not (self.staged and self.hooked) or self.held.root.groups or len(units) < 2:
+            return 0
+        return sum(group.buffer for group in units[0].asked_for(units[-1]))
 
     def _unit(self, unit: Unit) -> Unit:
         """What a pass has to know of it: where weights stay whole, only which of them are sharded."""
@@ -240,7 +262,9 @@ class Step:
             waiting["temporaries"] += self.vocabulary
         return waiting
 
-    def _root_reduction(self, first: bool, before: Unit, *, stays: bool = False) -> list[Profile]:
+    def _root_reduction(
+        self, first: bool, before: Unit, *, stays: bool = False, again: bool = False
+    ) -> list[Profile]:
         """After a backward pass; `before` is the unit that reduced last. The last buffer goes with the pass, or
         stays for the next one."""
         left = sum(group.whole for group in before.groups)
@@ -248,7 +272,13 @@ class Step:
         for group in self.held.root.groups:
             found += [moved(gathered=-group.whole, communication=-left), moved(communication=group.whole)]
             found.append(moved(**{name: -size for name, size in self._root_gradients().items()}))
-            found.append(moved(gradients=group.part) if first else passing(COMMUNICATION, group.part))
+            if first:
+                found.append(moved(gradients=group.part))
+            elif group.summed:
+                found += [moved(communication=-group.part)] if again else []
+                found.append(moved(communication=group.part))
+            else:
+                found.append(passing(COMMUNICATION, group.part))
             left = group.whole
         return found if stays else [*found, moved(communication=-left)]
 
@@ -292,38 +322,44 @@ class Step:
         backward = together([e.backward for e in reversed(elements)])
         return Pass(forward, backward, together([e.weights for e in reversed(elements)]))
 
-    def _alone(self, part: Part, kind: str, first: bool, root: bool) -> Profile:
-        """One pass of a stage whose weights come and go; `root`: those outside of blocks are whole already."""
-        elements, units = self._elements(part, first, not root), self._units(part)
+    def _alone(self, part: Part, kind: str, number: int, root: bool, waiting: int) -> Profile:
+        """One pass of a stage whose weights come and go, of the first micro-batch, the second or a later one.
+
+        `root`: those outside of blocks are whole already; `waiting`: bytes gathered for the last unit too early.
+        """
+        first, again = number == 0, number > 1
+        elements, units = self._elements(part, first, not root, again), self._units(part)
+        used = moved(communication=-waiting)
         if kind == "F":
             gathered = Profile() if root else self._root_gather()
-            return together([gathered, *[e.forward for e in elements], moved(communication=-units[-1].last)])
+            *before, behind = [e.forward for e in elements]
+            return together([gathered, *before, used, behind, moved(communication=-units[-1].last)])
         gathered = Profile() if root else self._root_gather() + moved(communication=-self.held.root.last)
-        passes = [self._asked_by_root(part), *[e.backward for e in reversed(elements)]]
-        return together([gathered, *passes, *self._root_reduction(first, units[0], stays=True)])
+        passes = [self._asked_by_root(part), used, *[e.backward for e in reversed(elements)]]
+        return together([gathered, *passes, *self._root_reduction(first, units[0], stays=True, again=again)])
 
     def _one_by_one(self) -> Profile:
         """One stage on each rank. What was sent or came last is held until the next of its kind."""
         (part,), (stage,) = self.held.parts, self.held.stages
-        known: dict[tuple[str, bool, bool], Profile] = {}
+        known: dict[tuple[str, int, bool, int], Profile] = {}
         came = moved(activations=0 if part.is_first else self.payload)
         handed_on = 0 if part.is_last else self.streams + (self.tokens if part.is_first and self.mtp else 0)
         gradient = 0 if part.is_last else self.payload
         given = 0 if part.is_first else self.payload
-        found, waiting, sent, whole = Profile(), 0, 0, False
+        found, waiting, sent, whole, early = Profile(), 0, 0, False, 0
         order = one_forward_one_backward(self.layout.pipeline, stage, self._traced())
         # the last send before the first backward pass is held until nothing but backward passes is left
         kept = min(self.layout.pipeline - stage, self.micro_batches) - 2
         stays, left = 0 if part.is_last or kept < 0 else handed_on + self._passed_on(part), 0
         for place, (kind, _, number) in enumerate(order):
-            key = kind, number == 0, whole
+            key = kind, min(number, 2), whole, early
             if key not in known:
                 if self.hooked:
                     known[key] = self._alone(part, *key)
                 else:
                     both = self._passes(part, number == 0)
                     known[key] = both.forward if kind == "F" else both.backward
-            whole = self.hooked and kind == "F"
+            whole, early = self.hooked and kind == "F", self._mistaken(part) if kind == "B" else 0
             if kind == "F":
                 found = found + came + known[key]
                 continue
@@ -335,7 +371,8 @@ class Step:
                 found, left = found + moved(activations=-left), 0
             found = found + moved(communication=-sent)
             waiting, sent = gradient, given
-        return found + moved(activations=-waiting - left, communication=-sent)
+        summed = self._summed(part) if self.hooked and self._traced() > 1 else 0
+        return found + moved(activations=-waiting - left, communication=-sent - early - summed)
 
     def _passed_on(self, part: Part) -> int:
         """Of what a stage received, what it hands on as it is."""

@@ -28,6 +28,8 @@ class Group:
     exact: int  # whole, without what evens the parts out
     by_rows: int = 0  # of the whole, what is cut inside of matrices and has to be put in order
     copied: bool = False  # not cut at all: copies elsewhere, with which gradients are summed
+    summed: bool = False  # over copies: what is reduced is held past the sum, until the backward pass or ...
+    # ... in a pipeline the next reduction of the same group ends it
 
     @property
     def buffer(self) -> int:
@@ -47,6 +49,11 @@ class Unit:
     @property
     def whole(self) -> int:
         return sum(group.whole for group in (*self.groups, *self.experts))
+
+    @property
+    def summed(self) -> int:
+        """Bytes of what was reduced and is held while a backward pass goes on, beside gradients that are there."""
+        return sum(group.part for group in (*self.groups, *self.experts) if group.summed)
 
     @property
     def last(self) -> int:
@@ -84,6 +91,7 @@ def _group(parameters: Sequence[Held]) -> Group:
         _FP32 * sum(h.whole for h in parameters),
         _FP32 * sum(h.padded for h in parameters if h.by_rows),
         parameters[0].sharers == 1,
+        parameters[0].copies > 1,
     )
 
 
@@ -99,14 +107,15 @@ def _short(name: str) -> str:
 class Sharding:
     """One unit through its passes on a tape.
 
-    `first`: the sums over micro-batches begin with this one. `before` are the groups of the unit whose forward
-    pass came before. Buffers that others left are `left_gather` and `left_reduce`.
+    `first`: the sums over micro-batches begin with this one. `before` are the groups of the unit that a backward
+    pass gathers ahead of time. Buffers that others left are `left_gather` and `left_reduce`.
     """
 
     tape: Tape
     unit: Unit
     first: bool
     before: tuple[Group, ...] = ()
+    held: dict[Group, Block] = field(default_factory=dict)  # what each group's last reduction left
     left_gather: Block | None = None
     left_reduce: list[Block] = field(default_factory=list)
     ready: dict[str, dict[int, Block]] = field(default_factory=dict)
@@ -203,7 +212,8 @@ class Sharding:
             del again
             if group.copied:
                 self.tape.new(group.whole)  # divided by 1 on its way
+            self.held.pop(group, None)
             out = self.tape.new(group.part, GRADIENTS if self.first else COMMUNICATION)
-            if self.first:
+            if self.first or group.summed:
                 self.kept.append(out)
             del out

@@ -34,6 +34,7 @@ class Held:
     gathered: bool  # FSDP has it: others hold a part or a copy of it
     sharers: int  # ranks that it is cut over
     by_rows: bool  # along its second dimension
+    copies: int  # of the part, on ranks with which gradients are summed
 
     @property
     def padded(self) -> int:
@@ -171,7 +172,7 @@ def _held(config: DeepSeekV4Config, layout: Layout, name: str, shape: Sequence[i
         matrix = prod(shape) // shape[-1] // role.num_matrices, shape[-1]
     own_axis = (routed and layout.expert > 1) or (cut is not None and not routed and layout.tensor > 1)
     copied = sharers * layout.replicate > 1
-    return Held(name, here, whole, matrix, routed, own_axis, copied, sharers, by_rows)
+    return Held(name, here, whole, matrix, routed, own_axis, copied, sharers, by_rows, layout.replicate)
 
 
 def muon_bytes(parameters: Sequence[Held]) -> int:

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fullweight.core import phase
+from fullweight.ops.late import forming
 from fullweight.rehearse.memory import Block, Category, Timeline, timeline
 
 _KINDS = {
@@ -230,7 +231,8 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _note_pass(self) -> None:
-        backward = torch._C._current_graph_task_id() != -1  # hooks of a backward pass included
+        # hooks of a backward pass included, and products that it put off
+        backward = torch._C._current_graph_task_id() != -1 or forming()
         if backward and not self._in_backward:
             self._backward_begins.append(self.moment)
         self._in_backward = backward

@@ -18,7 +18,7 @@ from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.planner import operations
 from fullweight.planner.chips import chip
 from fullweight.planner.elements import Around, block_pass
-from fullweight.planner.memory import MemoryModel, Setting, StageMemory, memory_of
+from fullweight.planner.memory import MemoryModel, Setting, StageMemory, memory_of, num_groups
 from fullweight.planner.passes import Row
 from fullweight.planner.sharding import NOTHING, unit_of
 from fullweight.planner.shards import block_shapes, held, root_shapes
@@ -142,6 +142,7 @@ def test_more_micro_batches_than_the_schedule_holds_change_nothing() -> None:
     ("ranks", "settings"),
     [
         (4, ("train.rows_per_step=4", "parallel.expert=2")),
+        (8, ("train.rows_per_step=8", "parallel.replicate=2", "parallel.tensor=2", "parallel.expert=2")),
         (4, ("train.rows_per_step=8", "parallel.pipeline=2", "parallel.recompute='full'")),
         (
             2,
@@ -162,7 +163,7 @@ def test_more_micro_batches_than_the_schedule_holds_change_nothing() -> None:
             ),
         ),
     ],
-    ids=["fsdp-experts", "pipeline", "context", "v-shaped"],
+    ids=["fsdp-experts", "replicas", "pipeline", "context", "v-shaped"],
 )
 def test_rehearsals_of_now(ranks: int, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same of layouts that are traced here, not recorded."""
@@ -174,4 +175,5 @@ def test_rehearsals_of_now(ranks: int, settings: tuple[str, ...], monkeypatch: p
     setting = Setting(config.data.row_tokens, config.train.rows_per_step // layout.data_size, "adamw")
     stages = memory_of(config.model.architecture(), config.parallel, layout, setting)
     for role in rehearsal.roles:
+        assert role.num_groups == num_groups(layout)
         compare(stages[role.coordinates["pipeline"]], role.most_by_category, role.peak_bytes)
