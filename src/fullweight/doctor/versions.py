@@ -79,17 +79,26 @@ def _cann(found: Versions, row: dict[str, Any] | None) -> Iterator[Finding]:
             " or ".join(f"{c}.x" for c in row["cann"]),
             "said to be compatible, but not what it was made with; upgrade" if compatible else _INSTALL,
         )
-    pair = _row("cann", found.cann)
-    if found.driver is None or pair is None:
+        if not compatible:
+            return  # a driver is for a CANN that can stay
+    if found.driver is not None:
+        yield from _driver(found.driver, found.cann)
+
+
+def _driver(driver: str, cann: str) -> Iterator[Finding]:
+    """A pair that no table names is unknown, which is not compatible: it has to be accepted."""
+    pair = _row("cann", cann) or {"driver": [], "not": []}
+    if _series(driver) in pair["driver"]:
         return
-    if _series(found.driver) not in pair["driver"]:
-        yield Finding(
-            _ERROR if _series(found.driver) in pair["not"] else _WARNING,
-            "driver",
-            f"{found.driver} with CANN {found.cann}",
-            " or ".join(f"{d}.x" for d in pair["driver"]),
-            "change the driver, or CANN",
-        )
+    refused = _series(driver) in pair["not"]
+    found = f"{driver} with CANN {cann}"
+    yield Finding(
+        _ERROR if refused else _WARNING,
+        "driver",
+        found if refused else f"{found}: unknown whether they go together",
+        " or ".join(f"{d}.x" for d in pair["driver"]) or "a pair that a table of versions names",
+        "change the driver, or CANN" if refused else "see the vendor's table, which may be newer; or change one",
+    )
 
 
 def _cuda(found: Versions) -> Iterator[Finding]:

@@ -34,6 +34,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = [
     (ASCEND, {"versions": {"cann": "9.1.0"}}, {"cann": "warning"}),
     (ASCEND, {"versions": {"cann": "9.1.0", "driver": "25.0.RC1"}}, {"cann": "warning", "driver": "error"}),
     (ASCEND, {"versions": {"driver": "27.3.0"}}, {"driver": "warning"}),
+    (ASCEND, {"versions": {"driver": "26.1.0"}}, {"driver": "warning"}),  # unnamed for CANN 9.2: unknown
     (ASCEND, {"versions": {"npu_torch": None}}, {"torch_npu": "error"}),
     (ASCEND, {"versions": {"npu_torch": "2.12.0"}}, {"torch_npu": "error"}),
     (ASCEND, {"versions": {"torch": "2.14.0", "npu_torch": "2.14.0"}},
@@ -129,6 +130,14 @@ def test_an_accelerator_that_cannot_be_used() -> None:
     alone, both = [facts(CPU, **NO_TORCH_NPU)], [facts(CPU, **NO_TORCH_NPU, rank=r) for r in (0, 1)]
     assert [str(f.severity) for f in check_job(job(*alone)) if f.name == "devices"] == ["note"]
     assert weighty(job(*both)) == {"devices": "warning"}
+
+
+def test_versions_that_no_table_names_are_unknown() -> None:
+    """Which is said, and is not compatible."""
+    newer = {"torch": "2.14.0", "npu_torch": "2.14.0", "cann": "9.3.0"}
+    for versions in ({"driver": "26.1.0"}, newer):
+        found = check_job(job(facts(ASCEND, versions=versions)))
+        assert ["unknown whether" in f.found for f in found if f.name == "driver"] == [True]
 
 
 def test_clocks_that_agree_say_nothing() -> None:

@@ -107,6 +107,13 @@ def test_known_misspellings(device: str, wrong: str, right: str | None) -> None:
     [
         ("HCCL_EXEC_TIMEOUT", ["0", "1836", "0.05", "2147483647"], ["-1", "abc", "2147483648", ""]),
         ("HCCL_CONNECT_TIMEOUT", ["120", "7200"], ["119", "7201", "300s"]),
+        ("HCCL_RDMA_TIMEOUT", ["5", "20"], ["4", "21"]),
+        ("HCCL_HOST_SOCKET_PORT_RANGE", ["auto", "60000", "60000,60050-65535"], ["65536", "60000-99999"]),
+        (
+            "HCCL_OP_RETRY_PARAMS",
+            ["MaxCnt:10,HoldTime:60000,IntervalTime:0", "MaxCnt:3, HoldTime:5000, IntervalTime:1000"],
+            ["MaxCnt:11,HoldTime:5000,IntervalTime:0", "MaxCnt:3,HoldTime:60001,IntervalTime:0"],
+        ),
         ("HCCL_DETERMINISTIC", ["true", "FALSE", "strict"], ["1", "yes"]),
         ("HCCL_OP_RETRY_ENABLE", ["L0:0, L1:1, L2:1", "L1:1,L2:0"], ["1", "L3:1"]),
         ("HCCL_OP_RETRY_PARAMS", ["MaxCnt:3, HoldTime:5000, IntervalTime:1000"], ["MaxCnt:11"]),
