@@ -77,6 +77,15 @@ def test_parts_have_the_bits_of_the_whole(shape: tuple[int, ...], monkeypatch: p
                 assert torch.equal(part, expected), (dim, parts, start)
 
 
+def test_first_weights_are_the_same_numbers_in_every_precision() -> None:
+    """So that a run in fp64 can be shown to have begun with them."""
+    config = DeepSeekV4Config.preset("tiny")
+    narrow = initialise(DeepSeekV4(config, ops="reference"), 5).state_dict()
+    wide = initialise(DeepSeekV4(config, ops="reference").double(), 5).state_dict()
+    for name, tensor in narrow.items():
+        assert torch.equal(wide[name], tensor.to(wide[name].dtype)), name
+
+
 @pytest.mark.parametrize(("vocab", "experts", "k"), [(512, 8, 2), (129, 7, 3), (64, 6, 6), (10, 16, 6)])
 def test_hash_table_is_balanced_and_distinct(vocab: int, experts: int, k: int) -> None:
     """Each token has k distinct experts, loads over the vocabulary differ by at most k, layers differ."""

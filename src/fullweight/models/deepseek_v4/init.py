@@ -52,7 +52,7 @@ def fill_part(
     if name.endswith(_ONES):
         part.fill_(1.0)
     elif name.endswith("_scale"):
-        part.fill_(HYPER_CONNECTION_SCALE)
+        part.fill_(torch.tensor(HYPER_CONNECTION_SCALE, dtype=torch.float32).item())  # in fp64 too an fp32 number
     elif name.endswith(_ZEROS):
         part.zero_()
     elif name.endswith("tid2eid"):
