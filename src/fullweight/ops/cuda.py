@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullweight.core.errors import OperationError
+from fullweight.core.types import PackedLayout
 from fullweight.ops.accelerator import AcceleratorOperations
+from fullweight.ops.dense import DenseAttention, Sight, indexer_loss
 from fullweight.ops.mixture import GroupedProducts, by_expert
-from fullweight.ops.reference import ReferenceOperations, Workload
+from fullweight.ops.reference import AttentionOutput, Compressed, ReferenceOperations, Workload
 
 
 class CudaProducts(GroupedProducts):
@@ -49,6 +51,26 @@ class CudaOperations(AcceleratorOperations):
 
     def takes(self, group: str, workload: Workload) -> bool:
         return group != "experts" or workload.dtype == torch.bfloat16
+
+    def attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        sink: Tensor,
+        layout: PackedLayout,
+        window: int,
+        turn: tuple[Tensor, Tensor],
+        compressed: Compressed | None = None,
+    ) -> AttentionOutput:
+        entries = q.new_zeros(0, q.shape[-1]) if compressed is None else compressed.entries
+        out, lse, mass = DenseAttention.apply(q, kv, sink, entries, Sight.of(q, kv, layout, window, compressed))
+        selected = compressed is not None and compressed.selected is not None
+        return AttentionOutput(self.rotary(out, turn[0], -turn[1]), lse, mass if selected else None)
+
+    def indexer_loss(
+        self, queries: Tensor, keys: Tensor, weights: Tensor, selected: Tensor, mass: Tensor, num_tokens: int
+    ) -> Tensor:
+        return indexer_loss(self, queries, keys, weights, selected, mass, num_tokens)
 
     def check_experts(self, x: Tensor) -> None:
         if x.dtype != torch.bfloat16:
