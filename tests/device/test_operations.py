@@ -62,6 +62,31 @@ def test_norm_and_rotary(device: Device, ops: ReferenceOperations) -> None:
     compare(device, call, ops, bf16(TOKENS, HEADS, WIDTH, seed=1), bf16(WIDTH, seed=2).float())
 
 
+@pytest.mark.slow
+def test_large_rows(device: Device, ops: ReferenceOperations) -> None:
+    """As large as makes a set compile its kernels, where it does: 2^22 elements and a few."""
+    rows = 1025
+    angle = random(rows, 4, seed=5)
+
+    def norms(o: ReferenceOperations, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = (t.to(x.device, weight.dtype) for t in (angle.cos(), angle.sin()))
+        turned = o.norm_rotary(x, None, 1e-6, cos, sin)
+        return (
+            o.rms_norm(x, weight, 1e-6),
+            o.rotary(x, cos, -sin),
+            o.norm_rotary(x, weight, 1e-6, cos, sin),
+            turned,
+        )
+
+    compare(device, norms, ops, bf16(rows, 64, 64, seed=1), bf16(64, seed=2).float())
+    gates = bf16(rows, 4096, seed=1)
+    gates = torch.where((gates.abs() > 1.5) & (gates.abs() < 2.5), 0.5, gates)
+    compare(device, lambda o, x: o.swiglu(x, 2.0), ops, gates)
+    comb = torch.softmax(random(rows, 4, 4, seed=7), -1)
+    inputs = (bf16(rows, 4, 1024, seed=1), bf16(rows, 1024, seed=5), random(rows, 4, seed=6), comb)
+    compare(device, lambda o, *t: o.hyper_post(*t), ops, *inputs)
+
+
 def test_swiglu(device: Device, ops: ReferenceOperations) -> None:
     # far from the limit, or one rounding would throw a value to its other side, where the gradient jumps
     x = bf16(TOKENS, 96, seed=1)

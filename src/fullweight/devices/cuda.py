@@ -1,6 +1,6 @@
 """NVIDIA GPUs through torch's own CUDA package; power and links from nvidia-smi.
 
-Not run by this project: no such machine was at hand. `tests/device` is what to run on one.
+Run on one NVIDIA H200 under torch 2.11 (docs/nvidia.md); several GPUs, and NCCL between them, never.
 """
 
 from __future__ import annotations

@@ -8,19 +8,10 @@ from torch import Tensor
 
 from fullweight.core.slicing import Slice, slice_layout
 from fullweight.core.types import PackedLayout
-from fullweight.ops import available_operations, resolve_operations
-from fullweight.ops.cuda import CudaOperations
 from fullweight.ops.reference import Compressed, ReferenceOperations
 
 from . import formulas
 from .checks import LAYOUT, NUM_TOKENS, TOLERANCE, angles, check, dtypes, error, random
-
-
-@pytest.fixture(params=[*available_operations(), "cuda"])
-def ops(request: pytest.FixtureRequest) -> ReferenceOperations:
-    """Those of CUDA are products and additions of plain torch here, which run on a CPU too."""
-    return CudaOperations() if request.param == "cuda" else resolve_operations(request.param)
-
 
 # ---- compressor and indexer ----------------------------------------------------------------------------------
 
