@@ -24,6 +24,7 @@ from pydantic import model_validator
 from fullweight.core.config import Config
 from fullweight.core.errors import DataError
 from fullweight.core.strict_json import parse_json
+from fullweight.data.hub import reached_or_offline
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
@@ -195,6 +196,7 @@ def _dataset_rows(source: str, columns: Columns, split: str, file: Path | None) 
 def _opened_dataset(source: str, split: str, file: Path | None) -> Any:
     import datasets  # noqa: PLC0415 (takes over a second; only this kind of source needs it)
 
+    offline: str | None = None
     try:
         if file is not None:
             builder = _builder(file)
@@ -202,11 +204,13 @@ def _opened_dataset(source: str, split: str, file: Path | None) -> Any:
         elif (Path(source) / "state.json").is_file():
             opened = datasets.load_from_disk(source)
         else:
-            opened = datasets.load_dataset(source, split=split)
+            with reached_or_offline() as offline:
+                opened = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise DataError(
             f"{source!r} is no file that is read here ({', '.join(_READERS)}), and `datasets` cannot open it "
             f"(split {split!r}): {_reason(error)}"
+            + (f" (no connection to {offline}; no copy is in the cache)" if offline else "")
         ) from None
     return opened
 
