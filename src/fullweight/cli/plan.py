@@ -36,7 +36,7 @@ def plan_command(
     compare: Annotated[list[str] | None, typer.Option(help="another cluster, chip:chips; may be repeated")] = None,
     sweep: Annotated[str | None, typer.Option(help="chips=..., sequence=... or model=..., commas between")] = None,
     chip_file: Annotated[Path | None, typer.Option(help="chips and clusters of your own (TOML)")] = None,
-    emit: Annotated[Path | None, typer.Option(help="write the first layout as a recipe")] = None,
+    emit: Annotated[Path | None, typer.Option(help="write the first layout that is not tight as a recipe")] = None,
     count: Annotated[int, typer.Option(min=1, max=50, help="layouts shown")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything here")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="write a page with pictures here")] = None,
@@ -88,7 +88,7 @@ def plan_command(
         write_page(record, html_file)
     first = answers[0][1]
     if emit is not None and first.best:
-        emit.write_text(recipe_text(first.request, first.best[0]), encoding="utf-8")
+        emit.write_text(recipe_text(first.request, first.chosen), encoding="utf-8")
         console.print(f"wrote {emit}: set its data.sources, then rehearse and train", highlight=False)
     if not first.best:
         raise typer.Exit(2)

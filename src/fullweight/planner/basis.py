@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
-from fullweight.planner.chips import Chip
 from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import StepTime, parts_of, step_time
 from fullweight.planner.job import Job
@@ -43,7 +42,7 @@ class Term:
 def terms(job: Job, time: StepTime) -> list[Term]:
     """Every part of the step that takes time, in the order of `StepTime`, and the load of the experts."""
     found = []
-    here, everywhere = _shown(make(job.chip)), _shown(None)
+    here, everywhere = _shown(job.chip.maker), _shown(None)
     for name, seconds in asdict(time).items():
         if seconds <= 0:
             continue
@@ -66,14 +65,9 @@ def interval(job: Job, time: StepTime) -> tuple[float, float]:
     return low * sum(t.low for t in found), high * sum(t.high for t in found)
 
 
-def make(chip: Chip) -> str:
-    """Whose device it is."""
-    return "Ascend" if chip.name.startswith("ascend") or chip.device == "die" else "NVIDIA"
-
-
 def _basis(job: Job, name: str, here: int, everywhere: int) -> tuple[str, str]:
     """(status, in words)."""
-    where = f"{here} on {make(job.chip)}"
+    where = f"{here} on {job.chip.maker}"
     if name == "bubble":
         if job.overlapped_bubble:
             return (
@@ -109,7 +103,7 @@ def _shown(maker: str | None) -> Counter[str]:
     """How many published runs, on that maker's chips or on any, show each part."""
     found: Counter[str] = Counter()
     for case in load()[0]:
-        if maker in {None, make(case.job.chip)}:
+        if maker in {None, case.job.chip.maker}:
             time = step_time(parts_of(case.job), calibration().coefficients)
             found.update(name for name, seconds in asdict(time).items() if seconds >= _SHOWN * time.total)
     found["optimizer"] = found["memory_bound"]  # the same coefficient, of the same kind of traffic

@@ -57,6 +57,11 @@ class Chip(Config):
     provenance: dict[str, Provenance] = Field({}, description="status and source of each figure, by its path")
 
     @property
+    def maker(self) -> str:
+        """Whose device it is."""
+        return "Ascend" if self.name.startswith("ascend") or self.device == "die" else "NVIDIA"
+
+    @property
     def bf16_tflops(self) -> float:
         return self.peaks["bf16"]
 

@@ -100,6 +100,8 @@ def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:
                 "terms": [asdict(term) for term in basis.terms(candidate.job, candidate.time)],
                 "interval_seconds": interval(candidate),
                 "usable_bytes": candidate.usable,
+                "most_bytes": candidate.most_bytes,
+                "tight": candidate.tight,
                 "stages": [asdict(stage) for stage in candidate.memory],
                 **figures(request, candidate, money),
             }
@@ -179,11 +181,19 @@ def _print_layouts(console: Console, plan: Plan, money: Money) -> None:
             f"{low:.1f}-{high:.1f}",
             f"{values['mfu']:.1%}",
             f"{values['tokens_per_second_per_rank']:.0f}",
-            f"{candidate.fullest.peak / _GIB:.1f}/{candidate.usable / _GIB:.1f}",
+            f"{candidate.fullest.peak / _GIB:.1f}/{candidate.usable / _GIB:.1f}{' !' if candidate.tight else ''}",
             f"{values['kwh_per_step']:.2f}",
             "-" if cost is None else f"{cost:.2f}",
         )
     console.print(table)
+    if plan.best[0].tight:
+        first, chosen = plan.best[0], plan.chosen
+        then = "no layout above has more room" if chosen.tight else f"--emit takes {name_of(chosen)}"
+        console.print(
+            f"! is tight: with the chip's own operations the first may need {first.most_bytes / _GIB:.1f} of "
+            f"{first.usable / _GIB:.1f} GiB. Rehearse it with them; {then}",
+            highlight=False,
+        )
     values = figures(plan.request, plan.best[0], money)
     if values["hours"] is not None:
         bill = "" if values["cost"] is None else f", cost {values['cost']:,.0f}"

@@ -176,6 +176,19 @@ def test_effects_have_the_sign_that_they_must() -> None:
     assert all(change <= 1e-12 for what, change in effects.items() if "expert load" not in what)
 
 
+def test_what_is_tight_is_told_and_not_chosen() -> None:
+    """Rehearsed with the operations for Ascend, a plan of 53.76 of 54.26 GiB needed 57.60."""
+    first, second = PLAN.best[:2]
+    full = replace(first, usable=int(first.fullest.peak * 54.26 / 53.76))
+    roomy = replace(second, usable=int(second.fullest.peak * 1.08))
+    assert full.fits
+    assert full.tight
+    assert full.most_bytes == pytest.approx(full.fullest.peak * 57.60 / 53.76, rel=1e-3)
+    assert not roomy.tight
+    assert replace(PLAN, best=(full, roomy)).chosen is roomy
+    assert replace(PLAN, best=(full, full)).chosen is full
+
+
 def test_reliability_by_hand() -> None:
     """128 ranks at 1e-4 an hour: 78.125 h between; checkpoints of 60 s every sqrt(2 x 60 x 281250) s."""
     found = reliability(PLAN.best[0], 1e-4, 60.0, 600.0)
