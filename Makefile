@@ -39,8 +39,15 @@ help: ## this list
 
 setup: $(DEVELOP) ## make .venv with everything that the tests and the linters need
 
-quickstart: $(RUNTIME) ## train a small model on generated tasks, with scores, report and export (minutes)
+# The key is made for this run, or is the one that lies there; its public half is what others are given.
+quickstart: $(RUNTIME) ## train a small model on generated tasks, seal and verify its evidence, report (minutes)
 	$(BIN)/fullweight train recipes/quickstart.toml --output $(RUN)
+	$(BIN)/fullweight seal $(RUN) --out $(RUN)/evidence $(if $(wildcard $(RUN).pem),--key,--new-key) $(RUN).pem
+	$(BIN)/fullweight verify $(RUN)/evidence --public-key $(RUN).pem.pub --run $(RUN) --replay 1 \
+	  --report $(RUN)/report.html
+	@echo "run and weights:        $(RUN)"
+	@echo "sealed evidence of it:  $(RUN)/evidence (signed with $(RUN).pem, which stays with you)"
+	@echo "open in a browser:      $(RUN)/report.html"
 
 test: $(DEVELOP) ## every test that takes seconds
 	$(BIN)/python -m pytest -m "not slow and not crash" --ignore=tests/multi --ignore=tests/ascend $(PYTEST_FLAGS)
