@@ -107,7 +107,9 @@ def test_another_stack_is_held_to_the_bound(honest: Path) -> None:
     assert 0 < found.distance.moments < found.bound
 
 
-@pytest.mark.parametrize("means", [Means(), OTHER_STACK], ids=["same stack", "another stack"])
+@pytest.mark.parametrize(
+    "means", [Means(), pytest.param(OTHER_STACK, marks=pytest.mark.slow)], ids=["same stack", "another stack"]
+)
 def test_what_was_not_done_is_found(means: Means, dishonest: Path) -> None:
     """The honest window passes; a dropped row, a frozen matrix and another learning rate do not."""
     assert again(dishonest, "0:2", means).verdict is Verdict.verified
