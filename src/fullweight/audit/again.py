@@ -93,10 +93,8 @@ def repeat(
 
 
 @contextmanager
-def recorded_run(
-    recorded: Recorded, step: int, ranks: Ranks, folder: Path, means: Means
-) -> Iterator[tuple[Run, Generation, dict[str, Any]]]:
-    """A run at a kept state, that state, and what this process stands on; all ranks together.
+def recorded_run(recorded: Recorded, step: int, ranks: Ranks, folder: Path, means: Means) -> Iterator[Run]:
+    """A run at a kept state; all ranks together.
 
     Raises CheckpointError when no such state is kept, or it is not the run's, and what `repeat` raises.
     """
@@ -112,7 +110,7 @@ def recorded_run(
         run = _assembled(recorded, segment, generation, ranks, folder, means)
         try:
             run.state.restore(generation)
-            yield run, generation, stack.standing(run.model.ops.name)
+            yield run
         finally:
             run.state.loader.close()
             run.power.close()
@@ -142,7 +140,7 @@ def replay_values(
             raise CheckpointError(
                 f"the configuration of step {segment.first} has no section {section}; it is damaged"
             )
-    for section in ("trackers", "export"):
+    for section in ("trackers", "export", "boundaries"):
         values.pop(section, None)
     values |= {"output": str(folder / "run"), "export": {"enabled": False}}
     values["eval"] = {**values["eval"], "num_samples": 0}

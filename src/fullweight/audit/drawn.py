@@ -18,7 +18,7 @@ from typing import Any
 
 from fullweight.audit import replay as replays
 from fullweight.audit.again import Means
-from fullweight.audit.boundaries import kept_boundaries
+from fullweight.audit.boundaries import Folder
 from fullweight.audit.claims import Verdict
 from fullweight.audit.layer import LayerResult, repeat_layers
 from fullweight.audit.replay import ReplayResult, replay
@@ -73,11 +73,9 @@ def taken_again(subject: Subject, asked: Replaying) -> Replayed:
             among, drawn = len(windows), draw(windows, head, asked.beacon, asked.count)
             results += _windows(subject, drawn, asked)
         else:
-            layers = [boundary.layer for boundary in kept_boundaries(asked.boundaries)]
-            among, chosen = len(layers), draw(layers, head, asked.beacon, asked.count)
+            among, drawn_with = len(Folder.listed(asked.boundaries)), (asked.count, asked.beacon)
             folder, states = _places(subject)
-            means = asked.means
-            results += repeat_layers(folder, asked.boundaries, means, layers=chosen, states=states)
+            results += repeat_layers(folder, [asked.boundaries], asked.means, drawn=drawn_with, states=states)
         if not results:
             raise NotCheckableError("the bundle keeps no checkpoint to start from")
         verdict = _verdict(results, among)
@@ -108,7 +106,7 @@ def _places(subject: Subject) -> tuple[Path, Path | None]:
 
 def _verdict(results: Sequence[ReplayResult | LayerResult], among: int) -> Verdict:
     if isinstance(results[0], LayerResult):
-        value = f"layer {', '.join(_name(one) for one in results)} ({len(results)} of {among})"
+        value = f"{', '.join(_name(one) for one in results)} ({len(results)} of {among})"
     else:
         value = f"steps {', '.join(_name(one) for one in results)} ({len(results)} of {among})"
     judged = [(_status(one), one) for one in results]
@@ -119,18 +117,14 @@ def _verdict(results: Sequence[ReplayResult | LayerResult], among: int) -> Verdi
 
 
 def _name(one: ReplayResult | LayerResult) -> str:
-    return str(one.window if isinstance(one, ReplayResult) else one.layer)
+    return str(one.window if isinstance(one, ReplayResult) else one.piece)
 
 
 def _status(one: ReplayResult | LayerResult) -> Status:
-    if isinstance(one, ReplayResult):
-        return _STATUS[one.verdict]
-    return Status.holds if one.divergent is None else Status.refuted
+    return _STATUS[one.verdict]
 
 
 def _reason(one: ReplayResult | LayerResult) -> str:
-    if isinstance(one, ReplayResult):
-        return one.reason
-    if one.divergent is not None:
-        return f"{one.divergent} differs, by {one.distances[one.divergent]:.1e}"
-    return "every bit is equal" if one.exact else f"largest relative distance {max(one.distances.values()):.1e}"
+    if isinstance(one, LayerResult) and one.failure is not None:
+        return f"{one.failure}: {one.reason}"
+    return one.reason

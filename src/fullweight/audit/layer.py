@@ -1,185 +1,285 @@
-"""One layer of a run repeated alone: its own weights from a kept state, what entered it from a file.
+"""A piece of a run repeated alone: its own weights from a kept state, what entered it from files.
 
-The layer is computed forward from the streams that entered it, and backward from the gradient of what left it.
-What leaves, the gradient of what entered, and the gradient of every parameter must be as recorded: bit for bit on
-the same stack, else within a bound. Memory is one layer's weights and gradients and one row, however large the
-model is; every byte of the state is still read once, to know that it is the state.
+A piece is the embedding, a layer, the MTP block or the head; the pieces of a pipeline's stage are repeated as
+one. It is computed forward from what entered it, and backward from the gradient of what left it, row by row
+through the step; then gradients are clipped by the global norm that the ledger has, and the optimisers take their
+step from the kept moments. What leaves, the gradient of what entered, each parameter's gradient, the losses, and,
+where the state after the step is kept, weights, router biases and moments must be as recorded: bit for bit on the
+same stack, else within a bound. Memory is that of the piece and a row.
 
-What it proves: this layer did this to these numbers. That they are the run's is for files of neighbouring layers
-and the state's digest in the ledger to say.
+What it proves: these pieces did this to these numbers in this step, and that is where their weights after it come
+from. That the numbers are the run's follows from neighbours that meet (`boundaries.joints`), rows with the
+ledger's digest at one end, and a loss that is the ledger's at the other.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fullweight.audit import stack
 from fullweight.audit.again import Means, config_at, threads
-from fullweight.audit.boundaries import AUXILIARY, Boundary, gradients_of, kept_boundaries
+from fullweight.audit.boundaries import Boundary, Failure, Folder, Refused, joints
+from fullweight.audit.piece import Again, Outcome, compared, relative, repeated
 from fullweight.audit.recorded import Recorded
-from fullweight.audit.replay import default_bound
-from fullweight.audit.windows import Window
-from fullweight.checkpoint import store
-from fullweight.checkpoint.manifest import Generation, verify
-from fullweight.core.errors import CheckpointError
-from fullweight.models.deepseek_v4.block import Block
+from fullweight.audit.replay import Verdict, default_bound
+from fullweight.audit.windows import Window, draw
+from fullweight.checkpoint.manifest import CorruptError, Generation, verify
+from fullweight.core.errors import CheckpointError, ConfigError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.models.deepseek_v4.context import Context
-from fullweight.ops import resolve_operations
+from fullweight.models.deepseek_v4.parts import parts_of, pieces, pieces_of
+from fullweight.parallel.config import ParallelConfig
 from fullweight.parallel.mesh import Ranks
-from fullweight.train.config import RunConfig
+from fullweight.parallel.stages import balanced_layers
+from fullweight.train.boundaries import standing
 from fullweight.train.run_folder import RunFolder
-from fullweight.train.weights import workload_of
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """How one layer came out again; relative distances by what was compared, 0 where every bit is equal."""
+    """How one piece, or a stage's, came out again; relative distances, where not 0, by what was compared.
 
-    layer: int
-    num_bytes: int  # of the layer's weights
-    exact: bool
-    stack: tuple[str, ...]  # why bits may differ from the recorded ones; empty: they must not
-    bound: float
-    distances: dict[str, float]  # leaving, entering_gradient, and gradient norms by parameter
-    differing: tuple[str, ...]  # what is not equal bit for bit, in the order of the layer's modules
+    Of weights and gradients of parameters they are relative to those of all the piece's.
+    """
+
+    piece: str
+    step: int
+    verdict: Verdict
+    reason: str  # one sentence
+    failure: Failure | None = None
+    num_bytes: int = 0  # of the piece's weights and buffers
+    exact: bool = False
+    after: bool = False  # whether weights and moments after the step were compared
+    bound_in_ledger: bool = False  # whether the ledger names the files
+    bound: float = 0.0  # that counts where bits may differ
+    stack: tuple[str, ...] = ()  # why bits may differ from the recorded ones; empty: they must not
+    distances: dict[str, float] = field(default_factory=dict)
+    differing: tuple[str, ...] = ()  # what is not equal bit for bit, in the order of the pass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a folder's step is repeated under."""
+
+    recorded: Recorded
+    folder: Folder
+    architecture: DeepSeekV4Config
+    parallel: ParallelConfig
+    row_tokens: int
 
     @property
-    def divergent(self) -> str | None:
-        """What counts against the record: the first that differs or, on another stack, is beyond the bound."""
-        if not self.stack:
-            return self.differing[0] if self.differing else None
-        return next((name for name, value in self.distances.items() if not value <= self.bound), None)
+    def pieces(self) -> tuple[str, ...]:
+        return pieces(self.architecture.num_hidden_layers, self.architecture.num_nextn_predict_layers > 0)
 
+    @property
+    def line(self) -> dict[str, Any]:
+        return self.recorded.steps.get(self.folder.step, {})
 
-def repeat_layer(
-    boundary: Boundary, generation: Generation, config: RunConfig, bound: float | None = None
-) -> LayerResult:
-    """Forward and backward of one layer, on the CPU. Raises CheckpointError when file and state do not belong."""
-    if generation.sha256 != boundary.manifest_sha256:
-        raise CheckpointError(
-            f"layer {boundary.layer} was recorded from {boundary.generation} with manifest "
-            f"{boundary.manifest_sha256}, and {generation.path} has {generation.sha256}"
-        )
-    architecture = DeepSeekV4Config.from_published(generation.manifest.facts.model, str(generation.path))
-    block = _loaded(boundary.layer, generation, architecture, config)
-    context = Context.build(
-        architecture,
-        boundary.tensors["tokens"],
-        boundary.packed(architecture.ratios),
-        True,
-        dense_csa=config.train.csa_attention == "visible",
-    )
-    entering = boundary.tensors["entering"].clone().requires_grad_()
-    leaving = block(entering, context)
-    sums = context.aux.sums(leaving.device)
-    extra = [boundary.weights[name] * sums[name] for name in AUXILIARY if name in boundary.weights]
-    extra = [value for value in extra if value.requires_grad]
-    torch.autograd.backward(
-        [leaving, *extra], [boundary.tensors["leaving_gradient"], *(torch.ones_like(v) for v in extra)]
-    )
-    assert entering.grad is not None
-    bound = default_bound(generation.manifest.facts.config, 1) if bound is None else bound
-    return _compared(boundary, block, leaving.detach(), entering.grad, bound)
+    def unit(self, name: str) -> tuple[str, ...]:
+        """Pieces of a name: a piece, a layer's number, or stage-K. Raises ConfigError."""
+        piece = f"layer-{name}" if name.isdecimal() else name.replace(" ", "-")
+        if piece in self.pieces:
+            return (piece,)
+        with_mtp, stage = self.architecture.num_nextn_predict_layers > 0, piece.removeprefix("stage-")
+        parts = parts_of(self._stage_layers())
+        if piece.startswith("stage-") and stage.isdecimal() and int(stage) < len(parts):
+            return pieces_of(parts[int(stage)], with_mtp)
+        stages = f", and {len(parts)} stages: stage-0 to stage-{len(parts) - 1}" if len(parts) > 1 else ""
+        raise ConfigError(f"there is no piece {name!r}; this model has {', '.join(self.pieces)}{stages}")
+
+    def _stage_layers(self) -> Sequence[int]:
+        count = self.parallel.pipeline * self.parallel.virtual_stages
+        return self.parallel.stage_layers or balanced_layers(self.architecture, count, self.row_tokens)
 
 
 def repeat_layers(
     root: Path,
-    folder: Path,
+    folders: Sequence[Path],
     means: Means,
     bound: float | None = None,
     *,
-    layers: Iterable[int] | None = None,
+    chosen: Sequence[str] = (),
+    drawn: tuple[int, str] | None = None,
     states: Path | None = None,
 ) -> list[LayerResult]:
-    """Repeat every layer whose file lies in `folder`, each alone, from the kept states of the run in `root`.
+    """Repeat pieces of the run in `root` whose boundaries lie in `folders` (none: all that the run itself stored).
 
-    `layers` are the only ones that are repeated; `states` is as of `replay`. Raises CheckpointError when there is
-    none, or a file, the state or the run do not belong together.
+    `chosen` names pieces, layers by number, or stages; `drawn` (how many, a public value) draws so many pieces of
+    all steps, as windows are drawn; by default every piece that is stored. `states` is as of `replay`. Neighbours
+    among the stored pieces of a step must meet, whichever are repeated.
+
+    Raises CheckpointError when nothing is stored, or the run cannot be read; ConfigError on a piece that there is
+    not. What is wrong with a folder or piece is in its result.
     """
     recorded = Recorded.of(RunFolder(root), None if states is None else RunFolder(states))
-    chosen = None if layers is None else set(layers)
-    found = [b for b in kept_boundaries(folder) if chosen is None or b.layer in chosen]
-    results, alone = [], Ranks(0, 1, torch.device("cpu"))
-    verified: dict[str, Generation] = {}
-    for boundary in found:
-        name = boundary.generation
-        if name not in verified:
-            path = recorded.named().get(name)
-            if path is None:
-                raise CheckpointError(f"{recorded.states.checkpoints} has no {name}, where layers are from")
-            verified[name] = verify(path)
-            if reason := recorded.why_not_its(verified[name]):
-                raise CheckpointError(reason)
-        facts = verified[name].manifest.facts
-        segment = recorded.segments(Window(facts.step, facts.step + 1), facts)[-1]
-        count = means.threads or boundary.stood_on.get("threads")
-        with tempfile.TemporaryDirectory(dir=means.scratch) as scratch, threads(count):
-            config = config_at(recorded, segment, facts, alone, Path(scratch), means)
-            results.append(repeat_layer(boundary, verified[name], config, bound))
-    return results
-
-
-def _loaded(layer: int, generation: Generation, architecture: DeepSeekV4Config, config: RunConfig) -> Block:
-    """The layer with its weights from the state, and nothing else of the model."""
-    workload = workload_of(config, architecture)
-    operations = resolve_operations(config.ops.default, "cpu", config.ops.chosen, workload)
-    with torch.device("meta"):
-        block = Block(architecture, operations, layer, config.train.indexer_loss)
-    if config.train.compute_dtype == torch.float64:
-        block.double()
-    block.to_empty(device="cpu")
-    block.ffn.capacity_factor = config.parallel.expert_capacity_factor
-    targets = block.state_dict(keep_vars=False)
-    held = store.contents(generation)
-    names = {f"model.layers.{layer}.{name}": name for name in targets}
-    if absent := sorted(names.keys() - held.keys()):
-        raise CheckpointError(f"{generation.path} holds no {absent[0]}: it is a state of another model")
-    for full, tensor in store.stream(generation, names):
-        if tensor.shape != targets[names[full]].shape:
-            raise CheckpointError(f"{generation.path}: {full} has shape {list(tensor.shape)}, not the model's")
-        targets[names[full]].copy_(tensor)
-    trained = config.train.trained_names(architecture)
-    for name, parameter in block.named_parameters():
-        parameter.requires_grad_(trained is None or f"layers.{layer}.{name}" in trained)
-    return block
-
-
-def _compared(boundary: Boundary, block: Block, leaving: Tensor, gradient: Tensor, bound: float) -> LayerResult:
-    pairs = {"leaving": leaving, "entering_gradient": gradient}
-    distances = {name: _relative(boundary.tensors[name], value) for name, value in pairs.items()}
-    differing = [name for name, value in pairs.items() if not torch.equal(boundary.tensors[name], value)]
-    found = gradients_of(block)
-    for name in _in_order(found, boundary.gradients):
-        recorded, again = boundary.gradients.get(name), found.get(name)
-        if recorded is None or again is None:
-            distances[name] = float("inf")
-        elif recorded["sha256"] != again["sha256"]:
-            distances[name] = _ratio(abs(again["norm"] - recorded["norm"]), recorded["norm"])
-        else:
+    stored = sorted(recorded.folder.boundaries.glob("step-*"), key=lambda p: (len(p.name), p.name))
+    paths = list(folders) or stored
+    told = {e["step"]: e for e in recorded.events if e.get("what") == "boundaries"}
+    if not paths and not told:
+        raise CheckpointError(
+            f"no boundaries are stored in {recorded.folder.boundaries}; a run stores them with boundaries.every, "
+            "and `fullweight boundaries` takes a step of it again"
+        )
+    results: list[LayerResult] = []
+    work: list[tuple[Setting, tuple[str, ...]]] = []
+    if not folders:
+        gone = [step for step in told if recorded.folder.boundaries / told[step]["folder"] not in paths]
+        results += [_refused("all", s, Failure.missing, f"the boundaries of step {s} are gone") for s in gone]
+    for path in paths:
+        try:
+            folder = Folder.of(path, recorded)
+            if folder.step - 1 not in recorded.kept():
+                results.append(_unchecked(recorded, folder))
+                continue
+            setting = _setting(recorded, folder)
+        except Refused as refused:
+            results.append(_refused(path.name, _step_of(path), refused.failure, refused.reason))
             continue
-        differing.append(name)
-    size = sum(t.nbytes for t in block.state_dict().values())
-    here = stack.standing(block.ops.name)
-    reasons = [
-        f"{n}: {v} when recorded, {here.get(n)} here" for n, v in boundary.stood_on.items() if v != here.get(n)
+        if (reason := _apart(setting)) is not None:
+            results.append(_refused("joints", setting.folder.step, reason.failure, reason.reason))
+        names = chosen or [name for name in setting.pieces if name in setting.folder.pieces()]
+        work += [(setting, setting.unit(name)) for name in names]
+    if drawn is not None:
+        work = draw(work, recorded.head, drawn[1], drawn[0])
+    return results + [_one(setting, unit, means, bound) for setting, unit in work]
+
+
+def _setting(recorded: Recorded, folder: Folder) -> Setting:
+    step = folder.step - 1
+    generation = _state(recorded, step)
+    assert generation is not None
+    facts = generation.manifest.facts
+    config = recorded.segments(Window(step, step + 1), facts)[-1].config
+    parallel = ParallelConfig.resolve(config.get("parallel", {}), "the run's parallel")
+    architecture = DeepSeekV4Config.from_published(facts.model, str(generation.path))
+    return Setting(recorded, folder, architecture, parallel, int(config["data"]["row_tokens"]))
+
+
+def _state(recorded: Recorded, step: int) -> Generation | None:
+    """The verified state of a step, None when none is kept. Raises Refused when it is not the run's."""
+    path = recorded.kept().get(step)
+    if path is None:
+        return None
+    try:
+        generation = verify(path)
+    except CorruptError as error:
+        raise Refused(Failure.state, str(error)) from None
+    if reason := recorded.why_not_its(generation):
+        raise Refused(Failure.state, reason)
+    return generation
+
+
+def _apart(setting: Setting) -> Refused | None:
+    """The first place where stored neighbours do not meet. What cannot be read is for its own result to tell."""
+    found: dict[str, Boundary] = {}
+    for piece in setting.folder.pieces():
+        try:
+            found[piece] = setting.folder.read(piece, setting.architecture.ratios, setting.line)
+        except Refused:
+            continue
+    layers, streams = setting.architecture.num_hidden_layers, setting.architecture.hc_mult
+    reasons = _reasons(next(iter(found.values())), "") if found else []
+    for where, here, there in joints(found, layers, streams):
+        # sums (of streams, of the head and the MTP block) may round otherwise on another processor
+        distance = relative(here, there)
+        if here.shape != there.shape or not (torch.equal(here, there) or (reasons and distance <= 1e-2)):
+            return Refused(Failure.apart, f"{where}: what leaves and what enters are apart by {distance:.1e}")
+    return None
+
+
+def _one(setting: Setting, unit: tuple[str, ...], means: Means, bound: float | None) -> LayerResult:
+    recorded, folder, step = setting.recorded, setting.folder, setting.folder.step
+    name = unit[0] if len(unit) == 1 else f"{unit[0]} to {unit[-1]}"
+    if not setting.line:
+        return _refused(name, step, Failure.other_step, f"the ledger has no line of step {step}")
+    try:
+        start, end = _state(recorded, step - 1), _state(recorded, step)
+        assert start is not None
+        found = {p: folder.read(p, setting.architecture.ratios, setting.line) for p in _needed(setting, unit)}
+        first = next(iter(found.values()))
+        with _config(recorded, start, means, first) as config:
+            again = repeated(unit, found, start, config, setting.line)
+            reasons = tuple(_reasons(first, again.operations))
+            bound = default_bound(start.manifest.facts.config, 1) if bound is None else bound
+            outcome = compared(again, found, setting.line, (start, end), None if not reasons else bound)
+    except Refused as refused:
+        return _refused(name, step, refused.failure, refused.reason)
+    return replace(
+        _result(name, step, again, outcome, reasons),
+        after=end is not None,
+        bound_in_ledger=folder.bound,
+        bound=bound,
+        stack=reasons,
+    )
+
+
+def _result(name: str, step: int, again: Again, outcome: Outcome, reasons: tuple[str, ...]) -> LayerResult:
+    exact = not outcome.differing
+    largest = max(outcome.distances.values(), default=0.0)
+    reason = outcome.reason or (
+        "every bit is equal" if exact else f"largest relative distance {largest:.1e}, within the bound"
+    )
+    verdict = Verdict.verified if outcome.failure is None else Verdict.refuted
+    return LayerResult(
+        name,
+        step,
+        verdict,
+        reason,
+        failure=outcome.failure,
+        num_bytes=again.num_bytes,
+        exact=exact,
+        stack=reasons,
+        distances=outcome.distances,
+        differing=outcome.differing,
+    )
+
+
+def _needed(setting: Setting, unit: Sequence[str]) -> list[str]:
+    """The pieces whose files a unit needs: those at its ends."""
+    ends = [unit[0], *(p for p in unit if p in ("embedding", "mtp", "head"))]
+    last = [p for p in unit if p.startswith("layer-")][-1:]
+    stored = setting.folder.pieces()
+    wanted = dict.fromkeys([*ends, *last])
+    return [p for p in unit if p in wanted and (p in stored or len(unit) == 1 or p in (unit[0], unit[-1]))]
+
+
+@contextmanager
+def _config(recorded: Recorded, start: Generation, means: Means, first: Boundary) -> Iterator[Any]:
+    """The configuration of the step on one rank, under as many threads as when it was taken."""
+    facts, alone = start.manifest.facts, Ranks(0, 1, torch.device("cpu"))
+    segment = recorded.segments(Window(facts.step, facts.step + 1), facts)[-1]
+    count = means.threads or first.stood_on.get("threads")
+    with tempfile.TemporaryDirectory(dir=means.scratch) as scratch, threads(count):
+        yield config_at(recorded, segment, facts, alone, Path(scratch), means)
+
+
+def _reasons(boundary: Boundary, operations: str) -> list[str]:
+    """Why bits may differ from those of the file, with these operations ("": whatever they were)."""
+    here: Mapping[str, Any] = standing(operations or boundary.stood_on.get("operations", "")) | {"axes": {}}
+    told = {"axes": "layout"}
+    return [
+        f"{told.get(n, n)}: {v} when recorded, {here.get(n)} here"
+        for n, v in boundary.stood_on.items()
+        if v != here.get(n)
     ]
-    return LayerResult(boundary.layer, size, not differing, tuple(reasons), bound, distances, tuple(differing))
 
 
-def _in_order(*names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name for group in names for name in group))
+def _unchecked(recorded: Recorded, folder: Folder) -> LayerResult:
+    kept = ", ".join(str(step) for step in sorted(recorded.kept())) or "none"
+    reason = f"no state of step {folder.step - 1} is kept to start from; kept: {kept}"
+    return LayerResult("all", folder.step, Verdict.unchecked, reason, bound_in_ledger=folder.bound)
 
 
-def _relative(recorded: Tensor, again: Tensor) -> float:
-    return _ratio((again.double() - recorded.double()).norm().item(), recorded.double().norm().item())
+def _step_of(path: Path) -> int:
+    """The step that a folder's name says, 0 if none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
 
 
-def _ratio(apart: float, size: float) -> float:
-    return 0.0 if apart == 0 else apart / size if size else float("inf")
+def _refused(piece: str, step: int, failure: Failure, reason: str) -> LayerResult:
+    return LayerResult(piece, step, Verdict.refuted, reason, failure=failure)

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fullweight.checkpoint.compare import changes
-from fullweight.devices import find
 from fullweight.train import code
 from fullweight.train.assemble import Run
 from fullweight.train.run_folder import environment
@@ -50,17 +47,6 @@ def differences(
     if run.ranks.device.type != "cpu" and not (recorded.get("deterministic") and now["deterministic"]):
         reasons.append("operations of this device do not repeat bit for bit unless parallel.deterministic is set")
     return reasons
-
-
-def standing(operations: str) -> dict[str, Any]:
-    """What this process stands on, as far as it decides the bits of one layer."""
-    return {
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "processor": find("cpu").chip(),
-        "operations": operations,
-        "source_sha256": code.identity()["source_sha256"],
-    }
 
 
 def _told(what: str, recorded: Any, here: Any) -> str:

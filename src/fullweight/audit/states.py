@@ -16,7 +16,7 @@ Tensors are read whole from the disk, whatever ranks wrote them, one at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,6 +107,19 @@ def distance(
     return StateDistance(tuple(sums.tensors), sums.weights.value, sums.effect.value, sums.moments.value)
 
 
+def distance_of(
+    tensors: Mapping[str, tuple[Tensor, Tensor, Tensor]], matrices: Mapping[str, int]
+) -> StateDistance:
+    """As `distance`, of tensors in memory by name: (recorded, replayed, start). Moments may lack some names."""
+    sums = _Sums()
+    for name, (recorded, replayed, origin) in tensors.items():
+        moment = _gradient(name, tensors)
+        gradient = None if moment is None else (moment, tensors[moment][1])
+        _add(sums, name, (recorded, replayed, origin), gradient, matrices.get(name, 1))
+    _set_shares(sums)
+    return StateDistance(tuple(sums.tensors), sums.weights.value, sums.effect.value, sums.moments.value)
+
+
 def first_beyond(found: Iterable[TensorDistance], bound: float, share: float) -> TensorDistance | None:
     """The first parameter, in their order, whose effect is not within `bound`, or a tensor that has no numbers.
 
@@ -150,7 +163,7 @@ def _set_shares(sums: _Sums) -> None:
     sums.tensors = [replace(d, share=Ratio(d.share, sums.effect.moved).value) for d in sums.tensors]
 
 
-def _gradient(name: str, held: dict[str, store.Stored]) -> str | None:
+def _gradient(name: str, held: Container[str]) -> str | None:
     """The moment by which a parameter's elements are weighed; None where there is none."""
     own, parameter = name.partition(".")[::2]
     if own != "model":

@@ -37,10 +37,16 @@ def replay_command(
         str | None, typer.Option(help="what is drawn with: a public value that was not known to the trainer")
     ] = None,
     level: Annotated[
-        Level, typer.Option(help="step: whole steps; layer: single layers from the files of --boundaries")
+        Level, typer.Option(help="step: whole steps; layer: single pieces of the model from stored boundaries")
     ] = Level.step,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="a layer's number, embedding, mtp, head or stage-K; repeatable (all that are stored)"),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="draw so many pieces, with --beacon")] = None,
     boundaries: Annotated[
-        Path | None, typer.Option(help="folder of layers' boundaries (`fullweight boundaries`)")
+        list[Path] | None,
+        typer.Option(help="a step's folder of boundaries; repeatable (those that the run stored)"),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="folder with the run's data files, if not where they were")
@@ -70,11 +76,16 @@ def replay_command(
     from fullweight.cli.train import console
     from fullweight.train.run_folder import RunFolder
 
-    if (level is Level.layer) != (boundaries is not None):
-        raise typer.BadParameter("--level layer and --boundaries go together")
-    if boundaries is not None:
-        _layers(run, boundaries, Means(None, None, threads, scratch), bound, json_file)
+    if level is Level.layer:
+        if window or windows or (layers is None) != (beacon is None) or (layers and layer):
+            raise typer.BadParameter(
+                "--level layer goes with --layer, or with --layers and --beacon, and with no windows"
+            )
+        drawn = None if layers is None or beacon is None else (layers, beacon)
+        _layers(run, boundaries or [], layer or [], drawn, Means(None, None, threads, scratch), bound, json_file)
         return
+    if layer or layers or boundaries:
+        raise typer.BadParameter("--layer, --layers and --boundaries go with --level layer")
     if (windows is None) != (beacon is None) or (windows is not None and window):
         raise typer.BadParameter("--windows and --beacon go together, and not with --window")
     chosen = _chosen(Recorded.of(RunFolder(run)), window or [], windows, beacon)
@@ -100,26 +111,39 @@ def told(result: ReplayResult) -> str:
     return _plain("\n".join(lines))
 
 
-def _layers(run: Path, folder: Path, means: Means, bound: float | None, json_file: Path | None) -> None:
+def _layers(
+    run: Path,
+    folders: list[Path],
+    chosen: list[str],
+    drawn: tuple[int, str] | None,
+    means: Means,
+    bound: float | None,
+    json_file: Path | None,
+) -> None:
     from fullweight.audit.layer import repeat_layers
+    from fullweight.audit.replay import Verdict
 
-    results = repeat_layers(run, folder, means, bound)
+    results = repeat_layers(run, folders, means, bound, chosen=chosen, drawn=drawn)
     for result in results:
         typer.echo(told_layer(result))
     if json_file is not None:
         _write(json_file, results)
-    if any(result.divergent is not None for result in results):
+    verdicts = {result.verdict for result in results}
+    if Verdict.refuted in verdicts:
         raise typer.Exit(1)
+    if Verdict.unchecked in verdicts:
+        raise typer.Exit(_UNCHECKED)
 
 
 def told_layer(result: LayerResult) -> str:
-    """A layer in a line or a few."""
-    largest = max(result.distances.values())
-    how = "every bit is equal" if result.exact else f"largest relative distance {largest:.1e}"
-    if result.divergent is not None:
-        how = f"{result.divergent} differs, by {result.distances[result.divergent]:.1e}; {how}"
-    verdict = "verified" if result.divergent is None else "refuted"
-    lines = [f"layer {result.layer} ({result.num_bytes / 1e6:,.1f} MB of weights): {verdict}: {how}"]
+    """A piece in a line or a few."""
+    size = f" ({result.num_bytes / 1e6:,.1f} MB of weights)" if result.num_bytes else ""
+    failure = "" if result.failure is None else f" {result.failure}"
+    lines = [f"step {result.step} {result.piece}{size}: {result.verdict}:{failure} {result.reason}"]
+    if result.num_bytes and not result.after:
+        lines.append(f"  not compared: weights after it, for no state of step {result.step} is kept")
+    if result.num_bytes and not result.bound_in_ledger:
+        lines.append("  the ledger does not name these files; compare their root with a published one")
     return _plain("\n".join([*lines, *(f"  bits may differ: {reason}" for reason in result.stack)]))
 
 

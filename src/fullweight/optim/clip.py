@@ -44,8 +44,19 @@ def clip_grad_norm(
     # a rank of `across` may have no gradient, and still says so in the type and place of the others
     none = local_part(parameters[0]).new_zeros((), dtype=_wide(parameters[0])) if parameters else torch.zeros(())
     norm = global_norm(gradients, norms, across, none)
-    value = norm.item()
-    factor = max_norm / value if math.isfinite(value) and value > max_norm else 1.0
+    scale_gradients(parameters, clip_factor(norm.item(), max_norm), optimizers)
+    return norm
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this global norm are multiplied by."""
+    return max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
+
+
+def scale_gradients(
+    parameters: Iterable[Tensor], factor: float, optimizers: Iterable[torch.optim.Optimizer] = ()
+) -> None:
+    """Multiply gradients in place, or have an AdamW among `optimizers`, whose parameters they are, do it later."""
     later: set[Tensor] = set()
     for optimizer in optimizers:
         if isinstance(optimizer, AdamW):
@@ -54,7 +65,6 @@ def clip_grad_norm(
     now = [local_part(p.grad) for p in parameters if p.grad is not None and p not in later]
     if now and factor != 1.0:
         torch._foreach_mul_(now, factor)
-    return norm
 
 
 @torch.no_grad()

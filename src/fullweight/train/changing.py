@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "parallel",
     "guard",
     "eval",
+    "boundaries",
     "checkpoint",
     "export",
     "launch",

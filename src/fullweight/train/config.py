@@ -24,6 +24,7 @@ from fullweight.doctor.config import DeviceConfig
 from fullweight.methods import MethodConfig
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.flops import IndexerLoss
+from fullweight.models.deepseek_v4.parts import pieces
 from fullweight.optim.groups import OptimizerConfig
 from fullweight.optim.schedule import ScheduleConfig
 from fullweight.parallel.config import Layout, ParallelConfig
@@ -151,6 +152,28 @@ class CheckpointSection(SaveConfig):
     every: PositiveInt | None = None
 
 
+class BoundariesSection(Config):
+    """What passes between the pieces of the model, kept so that single ones can be checked (docs/evidence.md)."""
+
+    every: PositiveInt | None = Field(
+        None, description="keep it of the step after each so many, and the states before and after that step"
+    )
+    pieces: tuple[str, ...] = Field(
+        ("all",), min_length=1, description="all, or of embedding, layer-N, mtp and head"
+    )
+
+    def chosen(self, architecture: DeepSeekV4Config) -> tuple[str, ...]:
+        """Names of the pieces, in the model's order. Raises ConfigError on one that there is not."""
+        every = pieces(architecture.num_hidden_layers, architecture.num_nextn_predict_layers > 0)
+        absent = [name for name in self.pieces if name not in (*every, "all")]
+        if absent:
+            raise ConfigError(
+                f"boundaries.pieces has {absent[0]!r}, and this model has {', '.join(every)}; name some of "
+                'these, or "all"'
+            )
+        return every if "all" in self.pieces else tuple(name for name in every if name in self.pieces)
+
+
 class ExportSection(Config):
     """Whether the final weights are written under the published names, and in what form."""
 
@@ -178,6 +201,7 @@ class RunConfig(Config):
     eval: EvalConfig = EvalConfig()
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointSection = CheckpointSection()
+    boundaries: BoundariesSection = BoundariesSection()
     export: ExportSection = ExportSection()
     trackers: TrackerConfig = TrackerConfig()
     output: Path | None = Field(None, description="run folder; runs/<name> when absent")
@@ -187,6 +211,7 @@ class RunConfig(Config):
         self.schedule.num_warmup_steps(self.train.num_steps)
         architecture = self.model.architecture()
         self.train.trained_names(architecture)
+        self.boundaries.chosen(architecture)
         if self.tokenizer is not None:
             if self.data.tokenizer != DataConfig.model_fields["tokenizer"].default:
                 raise ValueError(

@@ -40,6 +40,7 @@ from fullweight.parallel.agreement import as_facts, flat
 from fullweight.parallel.deterministic import deterministic
 from fullweight.parallel.mesh import Ranks, joined
 from fullweight.train.assemble import Run, assemble, check_disk
+from fullweight.train.boundaries import Heard, chosen_pieces, watching, write
 from fullweight.train.changing import changed, check_length
 from fullweight.train.config import RunConfig
 from fullweight.train.evaluate import Answer, Evaluation, answer_questions, asked, held_out_loss, score
@@ -298,8 +299,12 @@ def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> boo
     total, state = run.config.train.num_steps, run.state
     with records.reporter.steps(state.step, total), older_objects_left_alone():
         while state.step < total and not run.ranks.any(stop.requested or saving.gave_up):
-            record = one_step(run)
+            chosen = chosen_pieces(run)
+            with nullcontext() if chosen is None else watching(run, chosen) as heard:
+                record = one_step(run)
             records.write("step", state.step, record)
+            if heard is not None:
+                _keep_boundaries(run, records, heard)
             records.reporter.step(state.step, total, record)
             _warn_of_stragglers(run, records)
             if record["skipped"] is not None:
@@ -309,11 +314,20 @@ def _steps(run: Run, records: Records, saving: Saving, stop: StopRequest) -> boo
             if state.step == total or _due(state.step, run.config.eval.every):
                 _evaluate_and_record(run, records)
             saving.report()
-            if _due(state.step, run.config.checkpoint.every):
+            around = _due(state.step, run.config.boundaries.every) or heard is not None
+            if around or _due(state.step, run.config.checkpoint.every):
                 saving.save()
     saving.save()
     saving.finish()
     return state.step == total
+
+
+def _keep_boundaries(run: Run, records: Records, heard: Heard) -> None:
+    """Write what passed through the step that was taken, and bind it in the ledger once it is on the disk."""
+    stored = write(heard, run, run.folder.boundaries / f"step-{run.state.step}")
+    records.write("event", stored.step, stored.event())
+    told = f"failed: {stored.failure}" if stored.failure is not None else f"{len(stored.files)} files"
+    records.reporter.say(f"boundaries of step {stored.step}: {told} in {stored.seconds:.1f} s")
 
 
 def _warn_of_stragglers(run: Run, records: Records) -> None:

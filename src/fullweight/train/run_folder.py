@@ -7,6 +7,7 @@
     export/             final weights, published names    report.html    one page that shows it all
     import.json         receipt of the weights it began   source/        how those were published: headers, scales
                         with, when from a checkpoint
+    boundaries/         what passed between pieces of the model in some steps, step-N
     launch.json         which launch made the folder      stalls/        stacks of ranks that stood still
     manifest.json       what the run began with           coverage.json  what trained, tensor by tensor
 
@@ -76,6 +77,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def boundaries(self) -> Path:
+        return self.root / "boundaries"
 
     @property
     def samples(self) -> Path:
@@ -148,7 +153,15 @@ class RunFolder:
         for path in files:
             path.unlink(missing_ok=True)
             durable.temporary(path).unlink(missing_ok=True)
-        folders = (self.tokenizer, self.samples, self.checkpoints, self.export, self.source, self.picture.parent)
+        folders = (
+            self.tokenizer,
+            self.samples,
+            self.checkpoints,
+            self.boundaries,
+            self.export,
+            self.source,
+            self.picture.parent,
+        )
         for path in (*folders, *unfinished(self.source), *unfinished(self.export)):
             if path.exists():
                 shutil.rmtree(path)

@@ -66,7 +66,7 @@ def test_experts_without_what_was_dropped(ops: str, layer: int) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(ROW, config.hidden_size, generator=generator).requires_grad_()
     grad = torch.randn(ROW, config.hidden_size, generator=generator)
-    context = model._context(batch.tokens, batch.layout, with_losses=True)
+    context = model.context(batch.tokens, batch.layout, with_losses=True)
     moe(x, context).backward(grad)
     found = {"x": x.grad} | {name: p.grad for name, p in moe.named_parameters()}
     [dropped], [counts] = context.aux.dropped, context.aux.expert_counts

@@ -8,7 +8,7 @@ Source: report section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,6 +70,15 @@ def parameters_of(model: nn.Module) -> dict[str, ParameterFacts]:
     return known or {n: ParameterFacts(p.numel(), p.requires_grad) for n, p in model.named_parameters()}
 
 
+Watch = Callable[[str, Tensor], Tensor]
+"""Told what passes between the pieces of a model in training, by piece and side; what it returns passes on.
+
+Names are `embedding.leaving` and `embedding.following`, `layer-N.entering` and `.leaving`, `mtp.entering`,
+`.following` and `.leaving`, `head.entering` and `.ahead`: streams [s, n, d], or [s, d] of the embedding, of what
+follows and of what the MTP block hands to the head.
+"""
+
+
 class Absent(nn.Module):
     """The place of a module that another part of the model holds."""
 
@@ -86,6 +95,7 @@ class DeepSeekV4(nn.Module):
 
     dense_csa: bool = False
     axis: TokenAxis = WHOLE_ROW
+    watch: Watch | None = None
 
     def __init__(
         self,
@@ -115,18 +125,24 @@ class DeepSeekV4(nn.Module):
 
         What the whole model was is kept in `every_parameter`.
         """
-        self.every_parameter = self.every_parameter or parameters_of(self)
         layers = {layer for part in parts for layer in part.layers}
+        behind = any(part.is_last for part in parts)
+        self.keep_pieces(layers, embedding=any(part.is_first for part in parts), head=behind, mtp=behind)
+
+    def keep_pieces(self, layers: Collection[int], *, embedding: bool, head: bool, mtp: bool) -> None:
+        """As `keep`, by piece: main layers by number, the embedding, the head with its norm, the MTP block."""
+        self.every_parameter = self.every_parameter or parameters_of(self)
         for layer in range(len(self.layers)):
             if layer not in layers:
                 self.layers[layer] = Absent()
-        if not any(part.is_first for part in parts):
+        if not embedding:
             self.embed = Absent()  # type: ignore[assignment]
-        if not any(part.is_last for part in parts):
+        if not head:
             self.norm, self.head = Absent(), Absent()  # type: ignore[assignment]
-            self.mtp = nn.ModuleList(Absent() for _ in self.mtp)
             for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
                 delattr(self, name)
+        if not mtp:
+            self.mtp = nn.ModuleList(Absent() for _ in self.mtp)
 
     # ---- training -----------------------------------------------------------------------------------
 
@@ -143,21 +159,21 @@ class DeepSeekV4(nn.Module):
         """
         part = self.whole if part is None else part
         with_losses = torch.is_grad_enabled() if with_losses is None else with_losses
-        context = self._context(batch.tokens, batch.layout, with_losses)
+        context = self.context(batch.tokens, batch.layout, with_losses)
         if part.is_first:
-            embedded = self._embed(self._tokens_and_next(batch.tokens))
-            streams, following = self._spread(embedded[:-1]), embedded[1:]
+            embedded, following = self.embed_row(batch.tokens)
+            streams = self.spread(embedded)
         else:
             streams, following = received[0], received[-1]
-        streams = self._trunk(streams, context, part.layers)
+        for layer in part.layers:
+            streams = self.run_layer(layer, streams, context)
         losses, log_probs = {}, streams.new_empty(0, dtype=torch.float32)
         if part.is_last:
-            losses["lm"], log_probs = self._predict(
-                self._collapse(streams), *slice_targets(batch, self.axis.slice)
-            )
+            losses["lm"], log_probs = self.predict(streams, batch)
         if with_losses:
             if part.is_last and self.mtp:
-                losses["mtp"] = self._predict_ahead(streams, following, batch, context)
+                ahead = self.look_ahead(streams, following, batch, context)
+                losses["mtp"] = self.predict_ahead(ahead, batch)
             losses |= context.aux.sums(streams.device)
         payload: tuple[Tensor, ...] = () if part.is_last else (streams,)
         if part.is_first and payload and self.mtp:
@@ -219,6 +235,56 @@ class DeepSeekV4(nn.Module):
         """How each parameter is optimised, by name."""
         return {name: parameter_role(name, self.config) for name, _ in self.named_parameters()}
 
+    # ---- pieces of a training pass --------------------------------------------------------------------
+
+    def embed_row(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings [s, d] of the slice's tokens, and of the token after each (any, at the row's end)."""
+        first, stop = self.axis.slice.bounds(tokens.shape[0])
+        following = tokens[stop : stop + 1] if stop < len(tokens) else tokens[:1]
+        embedded = self._embed(torch.cat((tokens[first:stop], following)))
+        leaving, following = embedded[:-1], embedded[1:]
+        return self._passing("embedding.leaving", leaving), self._passing("embedding.following", following)
+
+    def spread(self, embedded: Tensor) -> Tensor:
+        """Embedded tokens [T, d] to streams [T, n, d]."""
+        return embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def run_layer(self, layer: int, streams: Tensor, context: Context) -> Tensor:
+        """Streams [s, n, d] through main layer `layer`."""
+        name = f"layer-{layer}"
+        out: Tensor = self.layers[layer](self._passing(f"{name}.entering", streams), context)
+        return self._passing(f"{name}.leaving", out)
+
+    def look_ahead(self, streams: Tensor, following: Tensor, batch: Batch, context: Context) -> Tensor:
+        """What the MTP block gives the head, [s, d], of the trunk's streams [s, n, d] and the embedding [s, d] of
+        next tokens.
+        """
+        inside = self.has_next(batch)
+        # a document's last token has no next one to read: it counts in no load and no loss
+        context = replace(context, valid=context.valid & inside)
+        following = self._passing("mtp.following", following * inside.unsqueeze(1).to(following.dtype))
+        hidden: Tensor = self.mtp[0](self._passing("mtp.entering", streams), following, context)
+        return self._passing("mtp.leaving", hidden)
+
+    def has_next(self, batch: Batch) -> Tensor:
+        """[s] bool: whether a token of the slice has one after it in its document."""
+        positions = batch.layout.positions
+        inside = torch.zeros_like(positions, dtype=torch.bool)
+        inside[:-1] = positions[1:] == positions[:-1] + 1
+        return inside[slice(*self.axis.slice.bounds(batch.num_tokens))]
+
+    def predict(self, streams: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sum of the next-token loss, log-probabilities [s]) from the trunk's streams [s, n, d]."""
+        hidden = self._collapse(self._passing("head.entering", streams))
+        return self._predict(hidden, *slice_targets(batch, self.axis.slice))
+
+    def predict_ahead(self, ahead: Tensor, batch: Batch) -> Tensor:
+        """Sum of the MTP loss from what `look_ahead` gives, through the shared head."""
+        return self._predict(self._passing("head.ahead", ahead), *slice_targets(batch, self.axis.slice, 2))[0]
+
+    def _passing(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self.watch is None else self.watch(name, tensor)
+
     # ---- inference ----------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -226,7 +292,7 @@ class DeepSeekV4(nn.Module):
         """Next-token logits [length, vocabulary] (fp32) of each document of token ids."""
         tokens, layout = self._pack(documents)
         hidden = self._collapse(
-            self._trunk(self._spread(self._embed(tokens)), self._context(tokens, layout, with_losses=False))
+            self._trunk(self.spread(self._embed(tokens)), self.context(tokens, layout, with_losses=False))
         )
         lengths = list(layout.document_lengths)
         return [self.head(part).float() for part in hidden.split(lengths)]
@@ -237,8 +303,8 @@ class DeepSeekV4(nn.Module):
         tokens, layout = self._pack(prompts)
         like = torch.empty(0, dtype=self.compute_dtype, device=tokens.device)
         cache = Cache(self.config, len(prompts), capacity, like)
-        context = self._context(tokens, layout, with_losses=False, cache=cache)
-        hidden = self._collapse(self._trunk(self._spread(self._embed(tokens)), context))
+        context = self.context(tokens, layout, with_losses=False, cache=cache)
+        hidden = self._collapse(self._trunk(self.spread(self._embed(tokens)), context))
         cache.lengths = torch.tensor(layout.document_lengths, device=tokens.device)
         last = torch.cumsum(cache.lengths, 0) - 1
         return self.head(hidden[last]).float(), cache
@@ -247,7 +313,7 @@ class DeepSeekV4(nn.Module):
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits [B, vocabulary] after one more token [B] for each sequence of the cache."""
         context = cache.step(tokens)
-        return self.head(self._collapse(self._trunk(self._spread(self._embed(tokens)), context))).float()
+        return self.head(self._collapse(self._trunk(self.spread(self._embed(tokens)), context))).float()
 
     # ---- parts --------------------------------------------------------------------------------------
 
@@ -262,7 +328,7 @@ class DeepSeekV4(nn.Module):
         device = self.norm.weight.device
         return tokens.to(device), PackedLayout.build([len(d) for d in documents], self.config.ratios).to(device)
 
-    def _context(
+    def context(
         self, tokens: Tensor, layout: PackedLayout, with_losses: bool, cache: Cache | None = None
     ) -> Context:
         missing = set(self.config.ratios) - set(layout.tables)
@@ -272,23 +338,12 @@ class DeepSeekV4(nn.Module):
         dense = self.dense_csa and with_losses
         return Context.build(self.config, tokens, layout, with_losses, capture, axis=self.axis, dense_csa=dense)
 
-    def _tokens_and_next(self, tokens: Tensor) -> Tensor:
-        """The slice's tokens of the row's and the one after them (any, at the row's end): [s + 1]."""
-        first, stop = self.axis.slice.bounds(tokens.shape[0])
-        return torch.cat((tokens[first:stop], tokens[stop : stop + 1] if stop < len(tokens) else tokens[:1]))
-
     def _embed(self, tokens: Tensor) -> Tensor:
         return nn.functional.embedding(tokens, self.embed.weight).to(self.compute_dtype)
 
-    def _spread(self, embedded: Tensor) -> Tensor:
-        """Embedded tokens [T, d] to streams [T, n, d]."""
-        return embedded.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-
-    def _trunk(
-        self, streams: Tensor, context: Context | DecodeContext, layers: Iterable[int] | None = None
-    ) -> Tensor:
-        """Streams [T, n, d] through all blocks, or those of the numbers `layers`."""
-        for layer in self.whole.layers if layers is None else layers:
+    def _trunk(self, streams: Tensor, context: Context | DecodeContext) -> Tensor:
+        """Streams [T, n, d] through all blocks."""
+        for layer in self.whole.layers:
             streams = self.layers[layer](streams, context)
         return streams
 
@@ -297,14 +352,3 @@ class DeepSeekV4(nn.Module):
 
     def _predict(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return self.ops.cross_entropy(hidden, self.head.weight, targets, weights.to(self.norm.weight.dtype))
-
-    def _predict_ahead(self, streams: Tensor, following: Tensor, batch: Batch, context: Context) -> Tensor:
-        """The MTP loss from the trunk's streams [s, n, d] and the embedding [s, d] of each token's next one."""
-        positions = batch.layout.positions
-        inside = torch.zeros_like(positions, dtype=torch.bool)
-        inside[:-1] = positions[1:] == positions[:-1] + 1
-        inside = inside[slice(*self.axis.slice.bounds(batch.num_tokens))]
-        # a document's last token has no next one to read: it counts in no load and no loss
-        context = replace(context, valid=context.valid & inside)
-        hidden = self.mtp[0](streams, following * inside.unsqueeze(1).to(following.dtype), context)
-        return self._predict(hidden, *slice_targets(batch, self.axis.slice, 2))[0]

@@ -33,3 +33,24 @@ def parts_of(layer_counts: Sequence[int]) -> tuple[Part, ...]:
         Part(range(stop - count, stop), i == 0, i == last)
         for i, (count, stop) in enumerate(zip(layer_counts, stops, strict=True))
     )
+
+
+def pieces(num_layers: int, with_mtp: bool) -> tuple[str, ...]:
+    """Names of all that a training pass goes through, in order: what can be watched and repeated alone.
+
+    >>> pieces(2, True)
+    ('embedding', 'layer-0', 'layer-1', 'mtp', 'head')
+    """
+    layers = (f"layer-{i}" for i in range(num_layers))
+    return ("embedding", *layers, *(("mtp",) if with_mtp else ()), "head")
+
+
+def pieces_of(part: Part, with_mtp: bool) -> tuple[str, ...]:
+    """Those of a part, in order.
+
+    >>> [pieces_of(part, with_mtp=False) for part in parts_of([1, 1])]
+    [('embedding', 'layer-0'), ('layer-1', 'head')]
+    """
+    every = pieces(part.layers.stop, with_mtp)
+    held = every[1 + part.layers.start : 1 + part.layers.stop]
+    return (*(every[:1] if part.is_first else ()), *held, *(every[1 + part.layers.stop :] if part.is_last else ()))
