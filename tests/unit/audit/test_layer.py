@@ -135,6 +135,7 @@ def test_only_the_piece_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(".layers.1." in name for name in asked)
 
 
+@pytest.mark.slow
 def test_pieces_are_drawn_as_windows_are(run: Path) -> None:
     """The same public value draws the same pieces; another one others."""
     drawn = [
@@ -144,6 +145,7 @@ def test_pieces_are_drawn_as_windows_are(run: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_elsewhere_rounding_is_let_pass(run: Path) -> None:
     found = of_step_3(run, Means(threads=2), chosen=["1", "mtp", "head"])
     assert [r.verdict for r in found] == [Verdict.verified] * 3, found
