@@ -7,9 +7,8 @@ half a line. A line that the disk refuses is held back and written, in order, on
 written before the lines up to it.
 
 Nothing is ever removed. A run that goes back to a checkpoint appends an event `resume` with the step it went back
-to, and earlier lines of later steps are from then on superseded; an event `start` that is not the first supersedes
-everything before it. `read` gives the lines that stand, `read_all` every line. Only the torn end of a killed
-write, which never was a line, is cut off (`mend`).
+to, and earlier lines of later steps are from then on superseded (`superseded.py`). `read` gives the lines that
+stand, `read_all` every line. Only the torn end of a killed write, which never was a line, is cut off (`mend`).
 
 A checkpoint names the ledger's length and SHA-256 of all bytes up to there, so that it resumes only the run that
 wrote it.
@@ -35,6 +34,7 @@ from fullweight.core import durable
 from fullweight.core.errors import CheckpointError
 from fullweight.core.ledger_head import LedgerHead
 from fullweight.core.strict_json import parse_json
+from fullweight.evidence.superseded import BEGINNINGS, Superseded
 
 FORMAT = 2
 GENESIS = "0" * 64
@@ -42,7 +42,6 @@ GENESIS = "0" * 64
 MAX_LINE_BYTES = 64 << 20
 """Longer lines are refused before they fill a reader's memory; a step's line has a few thousand bytes."""
 
-_BEGINNINGS = ("start", "resume")
 _BLOCK = 1 << 20
 
 
@@ -88,7 +87,7 @@ class Ledger:
 
     def begin(self, what: str, step: int, values: dict[str, Any]) -> OSError | None:
         """Write the event that a segment begins with, `start` or `resume`, and its number, from 0."""
-        assert what in _BEGINNINGS, what
+        assert what in BEGINNINGS, what
         self.segments += 1
         return self.append("event", step, {"what": what, "segment": self.segments - 1, **values})
 
@@ -168,14 +167,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_all(path: Path) -> Iterator[Line]:
     """Every whole line in order. Raises CheckpointError on a bad one; the chain is not checked."""
-    beginnings = _beginnings(path)
+    superseded = Superseded(_beginnings(path))
     with _opened(path) as stream:
         for number, raw in enumerate(_whole_lines(stream, path), 1):
             entry = _entry(raw, path, number)
-            while beginnings and beginnings[0][0] <= number:
-                beginnings.popleft()
-            later = any(step is None or entry["step"] > step for _, step in beginnings)
-            yield Line(number, raw, entry, later)
+            yield Line(number, raw, entry, superseded(number, entry["step"]))
 
 
 def superseded_steps(path: Path, step: int) -> int:
@@ -217,23 +213,21 @@ def not_under(path: Path, head: LedgerHead) -> str | None:
     return None
 
 
-def _beginnings(path: Path) -> deque[tuple[int, int | None]]:
-    """(line number, step gone back to or None for all) of every event that supersedes lines before it."""
-    found: deque[tuple[int, int | None]] = deque()
+def _beginnings(path: Path) -> Iterator[tuple[int, str, int]]:
+    """(line number, what, step) of every event with which a segment begins."""
     with _opened(path) as stream:
         for number, raw in enumerate(_whole_lines(stream, path), 1):
             entry = _begins(raw, path, number)
             if entry is not None:
-                found.append((number, entry["step"] if entry["what"] == "resume" else None))
-    return found
+                yield number, entry["what"], entry["step"]
 
 
 def _begins(raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
     """The entry of a line with which a segment begins. Most lines are told apart without being parsed."""
-    if not any(f'"{what}"'.encode() in raw for what in _BEGINNINGS):
+    if not any(f'"{what}"'.encode() in raw for what in BEGINNINGS):
         return None
     entry = _entry(raw, path, number)
-    return entry if entry["kind"] == "event" and entry.get("what") in _BEGINNINGS else None
+    return entry if entry["kind"] == "event" and entry.get("what") in BEGINNINGS else None
 
 
 def _opened(path: Path) -> BinaryIO:

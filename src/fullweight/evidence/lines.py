@@ -1,8 +1,8 @@
 """The lines of a ledger that a stranger wrote, typed: what every check computes from.
 
 `read_history` takes a stream a line at a time, within bounds, and refuses a line without what its kind must have;
-whether the numbers in it are true is for the rules. Which lines were superseded is worked out here from the events
-`start` and `resume` alone. Keys that are not named here are kept and not looked at.
+whether the numbers in it are true is for the rules. Which lines were superseded is worked out from the events
+`start` and `resume` alone (`superseded.py`). Keys that are not named here are kept and not looked at.
 
 Left out: writing (`ledger.py`). Imports no torch.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, BinaryIO, Literal
@@ -21,6 +21,7 @@ from pydantic import Field
 from fullweight.core.strict_json import parse_strict
 from fullweight.evidence.bundle import LEDGER, RefusedError, Stated, bounded_lines, stated
 from fullweight.evidence.ledger import GENESIS
+from fullweight.evidence.superseded import BEGINNINGS, Superseded
 
 Number = float | Literal["nan", "inf", "-inf"]
 """JSON has no NaN: a non-finite number is written as its name."""
@@ -205,7 +206,7 @@ def read_history(stream: BinaryIO, name: str = LEDGER) -> History:
     placed = list(_placed(stream, name))
     if not placed:
         raise RefusedError("bundle.complete", f"{name} is empty")
-    return History(_superseded(placed))
+    return History(_marked(placed))
 
 
 def _placed(stream: BinaryIO, name: str) -> Iterator[Placed]:
@@ -230,20 +231,11 @@ def _placed(stream: BinaryIO, name: str) -> Iterator[Placed]:
 
 def begins(line: Line) -> bool:
     """Whether a segment begins with this line."""
-    return isinstance(line, EventLine) and line.what in ("start", "resume")
+    return isinstance(line, EventLine) and line.what in BEGINNINGS
 
 
-def _superseded(placed: list[Placed]) -> list[Placed]:
-    """With the lines marked that the run went back behind: later steps before a `resume`, all before a `start`."""
-    bound: float = float("inf")  # lines of steps beyond it were superseded by something that follows
-    marked = []
-    for one in reversed(placed):
-        marked.append(one if one.line.step <= bound else _replaced(one))
-        if begins(one.line):
-            assert isinstance(one.line, EventLine)
-            bound = min(bound, one.line.step if one.line.what == "resume" else -1)
-    return marked[::-1]
-
-
-def _replaced(one: Placed) -> Placed:
-    return Placed(one.number, one.line, one.sha256, one.end, one.sha256_so_far, one.segment, superseded=True)
+def _marked(placed: list[Placed]) -> list[Placed]:
+    """With the lines marked that the run went back behind."""
+    beginnings = [(p.number, p.line.what, p.line.step) for p in placed if isinstance(p.line, EventLine)]
+    superseded = Superseded(b for b in beginnings if b[1] in BEGINNINGS)
+    return [replace(p, superseded=True) if superseded(p.number, p.line.step) else p for p in placed]
