@@ -26,7 +26,7 @@ JOBS = ("cut", "sew", "pack", "load", "sort", "weld", "paint", "print")
 
 _DIGITS = range(2, 10)
 _TWO_DIGITS = range(10, 100)
-_STOPS = "ABCDEFGHIJKLMNOP"
+_STOPS = "ABCDEFGHIJKL"
 # Offers of two quantities at two prices with different totals.
 _OFFERS = [(a, p, b, q) for a in _DIGITS for p in _DIGITS for b in _DIGITS for q in _DIGITS if a * p != b * q]
 # (unit cost, budget) that buys one to nine whole units.
@@ -207,6 +207,6 @@ WARM_UP_TASKS = (
     WarmUpTask("lookup", "look two prices up in a list and compare them", _lookup),
     WarmUpTask("offers", "compare two totals of quantity times price", _offers),
     WarmUpTask("pairing", "two workers, two jobs: the cheaper of two assignments", _pairing),
-    WarmUpTask("stops", "a long sum, one addition a step (a document of about 200 tokens)", _stops),
+    WarmUpTask("stops", "a long sum, one addition a step (a document of about 160 tokens)", _stops),
     WarmUpTask("total", "one-digit quantity times one-digit price", _total),
 )
