@@ -123,6 +123,11 @@ def signed(bundle: Bundle) -> bool:
     return (bundle.root / SIGNATURE).is_file()
 
 
+def require_signature(bundle: Bundle) -> None:
+    """Raise RefusedError on a signature file that is none, which takes no key to see."""
+    _covered(bundle.root)
+
+
 def signature_problem(bundle: Bundle, trust: Trust) -> str | None:
     """Why the signature is not one of the trusted over this folder as it is, or None when it is.
 

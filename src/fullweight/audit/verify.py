@@ -17,7 +17,7 @@ from fullweight.audit import beside_rules, chain_rules, coverage_rules, file_rul
 from fullweight.audit.claims import Verdict, verdicts
 from fullweight.audit.drawn import Replayed, Replaying, taken_again
 from fullweight.audit.rule import RULES, Finding, Status, apply
-from fullweight.audit.signing import Trust, signature_problem, signed
+from fullweight.audit.signing import Trust, require_signature, signature_problem, signed
 from fullweight.audit.subject import Subject, open_subject
 
 _MODULES = (chain_rules, number_rules, file_rules, beside_rules, coverage_rules)  # importing them fills RULES
@@ -97,6 +97,7 @@ def _signature(subject: Subject, trust: Trust) -> Finding:
             return Finding(name, Status.refuted, "a signature was asked for, and the bundle has none")
         return Finding(name, Status.not_checkable, "the bundle is not signed: its origin cannot be checked")
     if not trust.given:
+        require_signature(subject.bundle)
         return Finding(name, Status.not_checkable, "it is signed; give the key that you trust with --public-key")
     problem = signature_problem(subject.bundle, trust)
     if problem is not None:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def parity_command(
-    checkpoint: Annotated[Path, typer.Argument(help="model folder: config.json and safetensors, BF16 or FP32")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="model folder: config.json and safetensors, any published format")
+    ],
     *,
     documents: Annotated[str, typer.Option(help="lengths of the documents, in tokens")] = "1,5,64,130",
     seed: Annotated[int, typer.Option(min=0, help="of the documents' tokens")] = 0,
@@ -50,6 +52,10 @@ def parity_command(
     console.print(table)
     worst = max(found.parameters, key=lambda p: p.gradient)
     console.print(Text(f"{len(found.parameters)} parameters, worst gradient {worst.gradient:.1e}: {worst.name}"))
+    if found.decoded:
+        console.print(
+            Text(f"{checkpoint} is quantised: transformers was given its values in FP32, as we read them")
+        )
     console.print(Text(_verdict(found), style="bold" if found.holds else "bold red"))
     if json_file is not None:
         text = json.dumps({**asdict(found), "holds": found.holds, "verdict": _verdict(found)}, indent=2)

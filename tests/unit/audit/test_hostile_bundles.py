@@ -118,6 +118,7 @@ HOSTILE: list[tuple[str, Callable[[Path], object], str]] = [
     ("claims of another shape", _write("claims.json", '[{"name": 1}]'), "bundle.json"),
     ("a manifest of another shape", _write("manifest.json", "[]"), "bundle.json"),
     ("a signature that is none", _write("bundle.sig", '{"dsseEnvelope": []}'), "bundle.signature"),
+    ("a signature cut short", lambda root: os.truncate(root / "bundle.sig", 100), "bundle.signature"),
     ("a line of an unknown kind", _append(b'{"kind":"magic","step":1}\n'), "ledger.shape"),
     (
         "a step in less than no time",
@@ -135,10 +136,11 @@ def test_a_hostile_bundle_is_refused_by_name(
 ) -> None:
     forgery = Forgery(honest.bundle, tmp_path)
     change(forgery.root)
-    with pytest.raises(RefusedError) as refusal:
-        verify(forgery.root, trust=Trust(public_key=honest.public_key))
-    assert refusal.value.rule == rule
-    assert len(str(refusal.value)) < 1000
+    for trust in (Trust(public_key=honest.public_key), Trust()):
+        with pytest.raises(RefusedError) as refusal:
+            verify(forgery.root, trust=trust)
+        assert refusal.value.rule == rule
+        assert len(str(refusal.value)) < 1000
 
 
 def test_a_configuration_is_read_and_its_paths_are_not_followed(honest: Honest, tmp_path: Path) -> None:
