@@ -111,15 +111,6 @@ class Folder:
             raise Refused(Failure.unbound, f"{path} has root {root}, and the ledger names {told} for step {step}")
         return Folder(path, step, {f.name: f for f in files}, bool(events))
 
-    @staticmethod
-    def listed(path: Path) -> list[str]:
-        """The pieces that a folder's list names, not held against anything. Raises CheckpointError."""
-        try:
-            files = parse_json((path / INDEX).read_bytes())["files"]
-            return list(dict.fromkeys(str(entry["name"]).partition(".rank-")[0] for entry in files))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} has no {INDEX} that lists boundaries: {error}") from None
-
     def pieces(self) -> list[str]:
         """The pieces that the list names, each once."""
         return list(dict.fromkeys(name.partition(".rank-")[0] for name in self.files))

@@ -1,9 +1,10 @@
 """Steps or layers of a bundle's run, drawn after its ledger was sealed and taken again: one claim of the verdict.
 
-Candidates are what the sealed files name (windows between the states that were kept), not what happens to be at
-hand: who trained must not choose by leaving files away. What is compared is the bundle's own ledger; states and
-tokenizer come from the folder of the run, or from a bundle that packs them. `windows.py` says how is drawn,
-`replay.py` and `layer.py` what is compared.
+Candidates are what the sealed files name, not what happens to be at hand: windows between the states that were
+kept, and pieces of the steps of which the ledger names the boundaries by their root, so that a list with fewer
+pieces is another list. Who trained must not choose by leaving files away. What is compared is the bundle's own
+ledger; states, boundaries and tokenizer come from the folder of the run, or states from a bundle that packs them.
+`windows.py` says how is drawn, `replay.py` and `layer.py` what is compared.
 
 Unlike every other check this one trains, under the recorded configuration: data are read from where it names them,
 or from a folder of whoever verifies (`Means.data`). It is done only when asked for, on one rank.
@@ -18,15 +19,15 @@ from typing import Any
 
 from fullweight.audit import replay as replays
 from fullweight.audit.again import Means
-from fullweight.audit.boundaries import Folder
 from fullweight.audit.claims import Verdict
-from fullweight.audit.layer import LayerResult, repeat_layers
+from fullweight.audit.layer import LayerResult, repeat_layers, stored_pieces
 from fullweight.audit.replay import ReplayResult, replay
 from fullweight.audit.rule import NotCheckableError, Status
 from fullweight.audit.subject import Subject
 from fullweight.audit.windows import Window, candidates, draw
 from fullweight.core.errors import FullweightError
 from fullweight.evidence.ledger import finite
+from fullweight.train.boundaries import INDEX
 
 CLAIM = "replay"
 _STATEMENT = "what was drawn after the ledger was sealed, taken again, gives what was recorded"
@@ -39,12 +40,13 @@ _STATUS = {
 
 @dataclass(frozen=True)
 class Replaying:
-    """How much to take again: layers whose files lie in `boundaries`, or windows of steps, drawn with `beacon`."""
+    """How much to take again, drawn with `beacon`: windows of steps, or single `layers`."""
 
     count: int
     beacon: str
     means: Means = field(default_factory=Means)
-    boundaries: Path | None = None
+    layers: bool = False
+    boundaries: Path | None = None  # of one step alone; without it, all that the run stored
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Replayed:
 
     def as_dict(self) -> dict[str, Any]:
         """For machines: everything that a repetition takes, and every difference."""
-        asked, level = self.asked, "step" if self.asked.boundaries is None else "layer"
+        asked, level = self.asked, "layer" if self.asked.layers else "step"
         drawn = {"level": level, "asked": asked.count, "beacon": asked.beacon, "head": self.head}
         return finite({**drawn, "candidates": self.candidates, "results": [asdict(r) for r in self.results]})
 
@@ -68,14 +70,12 @@ def taken_again(subject: Subject, asked: Replaying) -> Replayed:
     """Draw from what the bundle names, and take it again. Whatever stands in the way makes it not checkable."""
     head, among, results = subject.history.head, 0, list[ReplayResult | LayerResult]()
     try:
-        if asked.boundaries is None:
+        if not asked.layers:
             windows = candidates([entry.step for entry in subject.checkpoints if entry.kept])
             among, drawn = len(windows), draw(windows, head, asked.beacon, asked.count)
             results += _windows(subject, drawn, asked)
         else:
-            among, drawn_with = len(Folder.listed(asked.boundaries)), (asked.count, asked.beacon)
-            folder, states = _places(subject)
-            results += repeat_layers(folder, [asked.boundaries], asked.means, drawn=drawn_with, states=states)
+            among, results = _layers(subject, asked)
         if not results:
             raise NotCheckableError("the bundle keeps no checkpoint to start from")
         verdict = _verdict(results, among)
@@ -95,6 +95,19 @@ def _windows(subject: Subject, drawn: Sequence[Window], asked: Replaying) -> lis
             reason = f"the state of step {absent} is not at hand, which the bundle calls kept"
             found[window] = ReplayResult(window, replays.Verdict.unchecked, reason)
     return [found[window] for window in drawn]
+
+
+def _layers(subject: Subject, asked: Replaying) -> tuple[int, list[ReplayResult | LayerResult]]:
+    """How many pieces there were to draw from, and what came of those that were drawn."""
+    folder, states = _places(subject)
+    if asked.boundaries is None and subject.run is None:
+        raise NotCheckableError("no bundle holds boundaries: give the folder of the run with --run")
+    if asked.boundaries is not None and not (asked.boundaries / INDEX).is_file():
+        raise NotCheckableError(f"{asked.boundaries} has no {INDEX} that lists boundaries")
+    given = [] if asked.boundaries is None else [asked.boundaries]
+    kept = {entry.step for entry in subject.checkpoints if entry.kept}
+    drawn, among = (asked.count, asked.beacon), len(stored_pieces(folder, given, states, kept))
+    return among, [*repeat_layers(folder, given, asked.means, drawn=drawn, states=states, kept=kept)]
 
 
 def _places(subject: Subject) -> tuple[Path, Path | None]:
@@ -117,7 +130,7 @@ def _verdict(results: Sequence[ReplayResult | LayerResult], among: int) -> Verdi
 
 
 def _name(one: ReplayResult | LayerResult) -> str:
-    return str(one.window if isinstance(one, ReplayResult) else one.piece)
+    return str(one.window) if isinstance(one, ReplayResult) else f"{one.piece} of step {one.step}"
 
 
 def _status(one: ReplayResult | LayerResult) -> Status:
@@ -127,4 +140,6 @@ def _status(one: ReplayResult | LayerResult) -> Status:
 def _reason(one: ReplayResult | LayerResult) -> str:
     if isinstance(one, LayerResult) and one.failure is not None:
         return f"{one.failure}: {one.reason}"
+    if isinstance(one, LayerResult) and not one.bound_in_ledger:
+        return f"{one.reason}, of files that the ledger does not name: who made them said what could be drawn"
     return one.reason

@@ -15,7 +15,7 @@ ledger's digest at one end, and a loss that is the ledger's at the other.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,47 +106,97 @@ def repeat_layers(
     chosen: Sequence[str] = (),
     drawn: tuple[int, str] | None = None,
     states: Path | None = None,
+    kept: Collection[int] | None = None,
 ) -> list[LayerResult]:
     """Repeat pieces of the run in `root` whose boundaries lie in `folders` (none: all that the run itself stored).
 
-    `chosen` names pieces, layers by number, or stages; `drawn` (how many, a public value) draws so many pieces of
-    all steps, as windows are drawn; by default every piece that is stored. `states` is as of `replay`. Neighbours
-    among the stored pieces of a step must meet, whichever are repeated.
+    `chosen` names pieces, layers by number, or stages; `drawn` (how many, a public value) draws so many of
+    `stored_pieces`, as windows are drawn; by default every piece that is stored. `states` is as of `replay`,
+    `kept` as of `stored_pieces`. Neighbours among the stored pieces of a step must meet, whichever are repeated.
 
     Raises CheckpointError when nothing is stored, or the run cannot be read; ConfigError on a piece that there is
     not. What is wrong with a folder or piece is in its result.
     """
     recorded = Recorded.of(RunFolder(root), None if states is None else RunFolder(states))
-    stored = sorted(recorded.folder.boundaries.glob("step-*"), key=lambda p: (len(p.name), p.name))
-    paths = list(folders) or stored
+    read, results = _read(recorded, folders)
+    settings: dict[Path, Setting] = {}
+    for folder in read:
+        if folder.step - 1 not in recorded.kept():
+            continue
+        try:
+            settings[folder.path] = _setting(recorded, folder)
+        except Refused as refused:
+            results.append(_refused(folder.path.name, folder.step, refused.failure, refused.reason))
+            continue
+        if (reason := _apart(settings[folder.path])) is not None:
+            results.append(_refused("joints", folder.step, reason.failure, reason.reason))
+    refuted = {one.step for one in results}
+    lost = [one for one in read if one.path not in settings and one.step not in refuted]
+    if drawn is not None:
+        among = _candidates(recorded, read, kept)
+        work = draw(among, recorded.head, drawn[1], drawn[0])
+        lost = [] if among else lost  # what has no state is no candidate; without any, that is why
+    else:
+        whole = [folder for folder in read if folder.path in settings]
+        work = [(folder, piece) for folder in whole for piece in chosen or _pieces(recorded, folder)]
+    results += [_unchecked(recorded, folder, "all") for folder in lost]
+    for folder, name in work:
+        if (setting := settings.get(folder.path)) is not None:
+            results.append(_one(setting, setting.unit(name), means, bound))
+        elif folder.step not in refuted:
+            results.append(_unchecked(recorded, folder, name))
+    return results
+
+
+def stored_pieces(
+    root: Path, folders: Sequence[Path], states: Path | None = None, kept: Collection[int] | None = None
+) -> list[tuple[Folder, str]]:
+    """What can be drawn, in order: pieces of stored steps, only of those that the ledger names if it names any.
+
+    A list whose root is not the ledger's is refuted and not drawn from. The state before the step must be kept: at
+    hand, or, with `kept`, be of one of these steps, wherever it is.
+    """
+    recorded = Recorded.of(RunFolder(root), None if states is None else RunFolder(states))
+    return _candidates(recorded, _read(recorded, folders)[0], kept)
+
+
+def _candidates(
+    recorded: Recorded, read: Sequence[Folder], kept: Collection[int] | None
+) -> list[tuple[Folder, str]]:
+    begins = recorded.kept() if kept is None else kept
+    named = [folder for folder in read if folder.bound] or read
+    once = {folder.step: folder for folder in reversed(named) if folder.step - 1 in begins}  # copies add nothing
+    return [(once[step], piece) for step in sorted(once) for piece in _pieces(recorded, once[step])]
+
+
+def _pieces(recorded: Recorded, folder: Folder) -> list[str]:
+    """The model's pieces that a folder lists, in the order of the pass."""
+    model = DeepSeekV4Config.from_published(recorded.manifest.model, str(recorded.folder.manifest))
+    listed = set(folder.pieces())
+    return [p for p in pieces(model.num_hidden_layers, model.num_nextn_predict_layers > 0) if p in listed]
+
+
+def _read(recorded: Recorded, folders: Sequence[Path]) -> tuple[list[Folder], list[LayerResult]]:
+    """The given folders, or all that the run stored, whose lists hold; and what is refuted of the others."""
+    place = recorded.states.boundaries
+    stored = sorted(place.glob("step-*"), key=lambda p: (len(p.name), p.name))
     told = {e["step"]: e for e in recorded.events if e.get("what") == "boundaries"}
-    if not paths and not told:
+    if not (paths := list(folders) or stored) and not told:
         raise CheckpointError(
-            f"no boundaries are stored in {recorded.folder.boundaries}; a run stores them with boundaries.every, "
-            "and `fullweight boundaries` takes a step of it again"
+            f"no boundaries are stored in {place}; a run stores them with boundaries.every, and "
+            "`fullweight boundaries` takes a step of it again"
         )
+    read: list[Folder] = []
     results: list[LayerResult] = []
-    work: list[tuple[Setting, tuple[str, ...]]] = []
     if not folders:
-        gone = [step for step in told if recorded.folder.boundaries / told[step]["folder"] not in paths]
+        gone = [step for step in told if place / told[step]["folder"] not in paths]
         results += [_refused("all", s, Failure.missing, f"the boundaries of step {s} are gone") for s in gone]
     for path in paths:
         try:
-            folder = Folder.of(path, recorded)
-            if folder.step - 1 not in recorded.kept():
-                results.append(_unchecked(recorded, folder))
-                continue
-            setting = _setting(recorded, folder)
+            read.append(Folder.of(path, recorded))
         except Refused as refused:
             results.append(_refused(path.name, _step_of(path), refused.failure, refused.reason))
-            continue
-        if (reason := _apart(setting)) is not None:
-            results.append(_refused("joints", setting.folder.step, reason.failure, reason.reason))
-        names = chosen or [name for name in setting.pieces if name in setting.folder.pieces()]
-        work += [(setting, setting.unit(name)) for name in names]
-    if drawn is not None:
-        work = draw(work, recorded.head, drawn[1], drawn[0])
-    return results + [_one(setting, unit, means, bound) for setting, unit in work]
+    return read, results
 
 
 def _setting(recorded: Recorded, folder: Folder) -> Setting:
@@ -269,10 +319,10 @@ def _reasons(boundary: Boundary, operations: str) -> list[str]:
     ]
 
 
-def _unchecked(recorded: Recorded, folder: Folder) -> LayerResult:
+def _unchecked(recorded: Recorded, folder: Folder, piece: str) -> LayerResult:
     kept = ", ".join(str(step) for step in sorted(recorded.kept())) or "none"
     reason = f"no state of step {folder.step - 1} is kept to start from; kept: {kept}"
-    return LayerResult("all", folder.step, Verdict.unchecked, reason, bound_in_ledger=folder.bound)
+    return LayerResult(piece, folder.step, Verdict.unchecked, reason, bound_in_ledger=folder.bound)
 
 
 def _step_of(path: Path) -> int:

@@ -34,10 +34,10 @@ def verify_command(
         str | None, typer.Option(help="what is drawn with: a public value of later than the bundle (random)")
     ] = None,
     level: Annotated[
-        Level, typer.Option(help="what --replay takes again: whole steps, or single layers of --boundaries")
+        Level, typer.Option(help="what --replay takes again: whole steps, or single layers")
     ] = Level.step,
     boundaries: Annotated[
-        Path | None, typer.Option(help="folder of layers' boundaries (`fullweight boundaries`)")
+        Path | None, typer.Option(help="boundaries of one step for --level layer (all that the run stored)")
     ] = None,
     data_files: Annotated[
         Path | None, typer.Option(help="folder with the run's data files for --replay, if not where they were")
@@ -98,15 +98,17 @@ def _asked(
     from fullweight.audit.again import Means
     from fullweight.audit.drawn import Replaying
 
-    if (level is Level.layer) != (boundaries is not None):
-        raise typer.BadParameter("--level layer and --boundaries go together")
+    if level is Level.step and boundaries is not None:
+        raise typer.BadParameter("--boundaries goes with --level layer")
     if count is None:
-        if beacon is not None or boundaries is not None or data_files is not None:
+        if beacon is not None or level is Level.layer or data_files is not None:
             raise typer.BadParameter(
                 "--beacon, --level and --data-files go with --replay N: say how much to take again"
             )
         return None
-    return Replaying(count, beacon or secrets.token_hex(16), Means(data=data_files), boundaries)
+    return Replaying(
+        count, beacon or secrets.token_hex(16), Means(data=data_files), level is Level.layer, boundaries
+    )
 
 
 def plain(text: str) -> Text:

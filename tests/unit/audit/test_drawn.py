@@ -122,7 +122,7 @@ def test_the_command_draws_and_prints_how(
         "bit-exact",
         {"start": 3, "stop": 6},
     )
-    for wrong in (["--beacon", "ab"], ["--replay", "1", "--level", "layer"], ["--data"]):
+    for wrong in (["--beacon", "ab"], ["--replay", "1", "--boundaries", "b"], ["--level", "layer"], ["--data"]):
         assert main(["verify", str(packed), *wrong]) == 2, wrong
     assert main(["verify", str(packed), str(honest.bundle), "--replay", "1"]) == 2
 
@@ -138,6 +138,7 @@ def test_single_layers(honest: Honest, tmp_path: Path, capsys: pytest.CaptureFix
     [found] = json.loads(capsys.readouterr().out)
     assert sorted(result["piece"] for result in found["replay"]["results"]) == ["layer-0", "layer-2"]
     assert found["claims"][-1]["status"] == "holds"
+    assert "that the ledger does not name" in found["claims"][-1]["told"], "they were made afterwards"
     path = tmp_path / "b" / "layer-2.rank-0.safetensors"
     with safe_open(path, framework="pt") as stored:
         facts, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
@@ -145,5 +146,5 @@ def test_single_layers(honest: Honest, tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*given, "--json"]) == 1
     [found] = json.loads(capsys.readouterr().out)
     assert found["claims"][-1]["status"] == "refuted"
-    assert found["claims"][-1]["told"].startswith("layer-2: boundary.edited: ")
+    assert found["claims"][-1]["told"].startswith("layer-2 of step 4: boundary.edited: ")
     assert [rule for rule in found["rules"] if rule["status"] == "refuted"] == []

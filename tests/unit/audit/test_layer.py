@@ -17,8 +17,13 @@ from tests.processes import fullweight
 
 from fullweight.audit import piece as module
 from fullweight.audit.again import Means
+from fullweight.audit.drawn import Replayed, Replaying
 from fullweight.audit.layer import LayerResult, repeat_layers
 from fullweight.audit.replay import Verdict
+from fullweight.audit.rule import Status
+from fullweight.audit.seal import seal
+from fullweight.audit.verify import verify as check
+from fullweight.audit.windows import draw
 from fullweight.checkpoint import store
 from fullweight.checkpoint.hashing import digest
 from fullweight.checkpoint.manifest import read_manifest, verify
@@ -133,6 +138,46 @@ def test_only_the_piece_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [r.piece for r in found] == ["layer-1"]
     assert asked
     assert all(".layers.1." in name for name in asked)
+
+
+def test_a_bundle_draws_from_what_its_ledger_names(run: Path, tmp_path: Path) -> None:
+    """Out of all pieces of all steps that it names, none other, and none left away or put beside is a choice."""
+    seal(run, tmp_path / "bundle")
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    boundaries = folder / "boundaries"
+    shutil.copytree(boundaries / "step-3", boundaries / "step-33")  # a copy would be drawn in its place
+
+    def drawn(count: int = 2, at_hand: Path | None = folder) -> tuple[Replayed, Status, str]:
+        report = check(tmp_path / "bundle", run=at_hand, replaying=Replaying(count, "ab", layers=True))
+        [claim] = [verdict for verdict in report.verdicts if verdict.claim == "replay"]
+        assert report.replayed is not None
+        return report.replayed, claim.status, claim.told
+
+    found, status, told = drawn()
+    every = [(step, piece) for step in (3, 5) for piece in PIECES]
+    expected = draw(every, ledger_head(run), "ab", 2)
+    assert [(r.step, r.piece) for r in found.results if isinstance(r, LayerResult)] == expected
+    assert (found.candidates, status, told) == (len(every), Status.holds, "; ".join(["every bit is equal"] * 2))
+    assert drawn(at_hand=None)[1:] == (
+        Status.not_checkable,
+        "no checkpoint is at hand: give the folder of the run with --run",
+    )
+
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    _, status, told = drawn(99)
+    assert status is Status.not_checkable
+    assert "no state of step 2 is kept to start from" in told, "the bundle calls it kept, so its pieces are drawn"
+
+    listing = json.loads((boundaries / "step-5" / INDEX).read_text())
+    listing["files"] = [entry for entry in listing["files"] if not entry["name"].startswith("head")]
+    (boundaries / "step-5" / INDEX).write_text(json.dumps(listing))
+    _, status, told = drawn()
+    assert (status, told.partition(": ")[0]) == (Status.refuted, "step-5 of step 5")
+    assert "boundary.unbound" in told
+
+
+def ledger_head(run: Path) -> str:
+    return hashlib.sha256((run / "ledger.jsonl").read_bytes().splitlines()[-1]).hexdigest()
 
 
 @pytest.mark.slow
