@@ -4,6 +4,9 @@
     python benchmarks/rehearsals.py tiny_fsdp ...   # trace these again
     python benchmarks/rehearsals.py --table         # write docs/plan_memory.md from the recordings: seconds
 
+Those whose names begin with `ascend` are of an Ascend die's operations, and are traced where torch_npu imports
+(`tests/ascend/cann.py`).
+
 Recordings are in tests/unit/planner/rehearsed.json, where tests/unit/planner/test_memory.py holds the planner to
 them. Each has the command that says the same. One role is traced at a time, on one thread, in a process of its
 own; a role of Pro takes up to a minute of a free core. The planner's model was made beside the layouts that are
@@ -46,10 +49,12 @@ class Case:
     settings: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     held_out: bool = False
+    operations: str = "cpu"
 
     def command(self) -> str:
         changes = "".join(f' --set "{setting}"' for setting in self.settings)
-        return f"fullweight rehearse {self.recipe} --ranks {self.ranks}{changes}"
+        device = "" if self.operations == "cpu" else f" --device npu --ops {self.operations}"
+        return f"fullweight rehearse {self.recipe} --ranks {self.ranks}{device}{changes}"
 
 
 CASES = {
@@ -364,12 +369,101 @@ CASES = {
     ),
 }
 
+# the operators take heads of 512 channels, and of 128 in the indexer
+_HEADS = "model.changes={head_dim=512,index_head_dim=128}"
+_WHOLE = ("parallel.pipeline=1", "parallel.stage_layers=[]")
+CASES |= {
+    "ascend_tiny_fsdp": Case(
+        TINY, 2, ("optimizer.name='adamw'", _HEADS, "train.rows_per_step=4"), (), operations="ascend"
+    ),
+    "ascend_tiny_pipeline": Case(
+        TINY,
+        2,
+        (
+            "optimizer.name='adamw'",
+            _HEADS,
+            "train.rows_per_step=6",
+            "parallel.pipeline=2",
+            "parallel.recompute='selective'",
+        ),
+        (),
+        operations="ascend",
+    ),
+    "ascend_flash_128": Case(FLASH, 128, (), ("stage 0", "stage 3"), operations="ascend"),
+    "ascend_flash_none": Case(
+        FLASH,
+        128,
+        (*_WHOLE, "parallel.expert=64", "parallel.recompute='none'", "data.row_tokens=4096"),
+        (),
+        operations="ascend",
+    ),
+    "ascend_flash_slices": Case(
+        FLASH,
+        128,
+        (
+            *_WHOLE,
+            "parallel.context=2",
+            "parallel.tensor=2",
+            "parallel.expert=128",
+            "parallel.recompute='selective'",
+            "parallel.offload_optimizer=false",
+            "train.rows_per_step=64",
+        ),
+        ("all ranks, last slice",),
+        operations="ascend",
+    ),
+    "ascend_flash_zero_bubble": Case(
+        FLASH,
+        128,
+        (
+            "parallel.pipeline=2",
+            "parallel.stage_layers=[]",
+            "parallel.virtual_stages=2",
+            "parallel.schedule='zero_bubble'",
+            "parallel.tensor=2",
+            "parallel.expert=32",
+            "data.row_tokens=4096",
+            "train.rows_per_step=128",
+        ),
+        ("stage 1",),
+        operations="ascend",
+    ),
+    "ascend_pro_512": Case(
+        "recipes/v4_pro_sft_910c_512.toml", 512, (), ("stage 0", "stage 7"), operations="ascend"
+    ),
+    # what `fullweight plan` chose first for 512 chips of Ascend 910C while it counted a CPU's operations
+    "ascend_pro_two_documents": Case(
+        PRO,
+        1024,
+        (
+            *_WHOLE,
+            "parallel.tensor=2",
+            "parallel.expert=128",
+            "parallel.recompute='full'",
+            "parallel.offload_optimizer=false",
+            "data.row_tokens=8192",
+            "train.rows_per_step=512",
+        ),
+        (),
+        operations="ascend",
+    ),
+    "ascend_pro_reshard4": Case(
+        PRO,
+        1024,
+        ("parallel.pipeline=4", "parallel.stage_layers=[]", "parallel.reshard_after='micro_batch'"),
+        ("stage 3",),
+        held_out=True,
+        operations="ascend",
+    ),
+}
+
 
 def record(name: str) -> dict[str, Any]:
     """Trace the roles of a case."""
     case = CASES[name]
-    config = RunConfig.from_toml(ROOT / case.recipe, list(case.settings))
-    found = rehearse(config, case.recipe, case.ranks, chip("h100"), Routing(), roles=case.roles)
+    device, chosen = ("cpu", []) if case.operations == "cpu" else ("npu", [f"ops.default='{case.operations}'"])
+    config = RunConfig.from_toml(ROOT / case.recipe, [*case.settings, *chosen])
+    found = rehearse(config, case.recipe, case.ranks, chip("h100"), Routing(), device=device, roles=case.roles)
     return recorded(name, config, found.roles)
 
 
@@ -380,6 +474,7 @@ def recorded(name: str, config: RunConfig, roles: Sequence[RoleResult]) -> dict[
     return {
         "name": name,
         "held_out": case.held_out,
+        "operations": case.operations,
         "command": case.command(),
         "model": config.model.model_dump(mode="json", include={"preset", "changes"}),
         "row_tokens": config.data.row_tokens,
@@ -410,7 +505,9 @@ def planned(record: dict[str, Any]) -> list[StageMemory]:
     config = DeepSeekV4Config.preset(record["model"]["preset"], **record["model"]["changes"])
     parallel = ParallelConfig.model_validate(record["parallel"])
     layout = parallel.layout(record["ranks"], config, record["row_tokens"], record["rows_per_step"])
-    setting = Setting(record["row_tokens"], record["micro_batches"], record["optimizer"])
+    setting = Setting(
+        record["row_tokens"], record["micro_batches"], record["optimizer"], operations=record["operations"]
+    )
     return memory_of(config, parallel, layout, setting)
 
 

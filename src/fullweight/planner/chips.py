@@ -62,6 +62,11 @@ class Chip(Config):
         return "Ascend" if self.name.startswith("ascend") or self.device == "die" else "NVIDIA"
 
     @property
+    def operations(self) -> str:
+        """The set of operations that a step's memory is counted with: its own, or a CPU's."""
+        return "ascend" if self.maker == "Ascend" else "cpu"
+
+    @property
     def bf16_tflops(self) -> float:
         return self.peaks["bf16"]
 

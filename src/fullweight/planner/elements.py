@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.planner.ascend import AscendOperations
 from fullweight.planner.graph import Graph, Value
 from fullweight.planner.operations import BF16, Operations
 from fullweight.planner.passes import Blocks, Ends, Row
 from fullweight.planner.sharding import Sharding, Unit
 from fullweight.planner.tape import COMMUNICATION, GRADIENTS, NO_CHANGE, Block, Profile, Tape
+
+OPERATIONS: dict[str, type[Operations]] = {"cpu": Operations, "ascend": AscendOperations}
+"""Sets of operations that a step is replayed with."""
 
 _ROOT = frozenset(("embed.weight", "head.weight"))
 
@@ -58,7 +62,7 @@ class Around:
 
 def block_pass(config: DeepSeekV4Config, row: Row, layer: int, around: Around) -> Pass:
     """One block."""
-    tape, graph, sharding, ops = _tools(around)
+    tape, graph, sharding, ops = _tools(around, row)
     size = row.here * config.hc_mult * config.hidden_size * BF16
     streams = graph.node(_identity, [None], [tape.new(size)])[0]
     held: list[Any] = [streams.block] if around.holds_input else []
@@ -76,7 +80,7 @@ def block_pass(config: DeepSeekV4Config, row: Row, layer: int, around: Around) -
 
 def tail_pass(config: DeepSeekV4Config, row: Row, around: Around) -> Pass:
     """Head and MTP block."""
-    tape, graph, sharding, ops = _tools(around)
+    tape, graph, sharding, ops = _tools(around, row)
     tokens = row.here * config.hidden_size * BF16
     streams = graph.node(_identity, [None], [tape.new(tokens * config.hc_mult)])[0]
     mtp = config.num_nextn_predict_layers > 0
@@ -95,7 +99,7 @@ def _identity(gradients: Sequence[Block], saved: Sequence[Block]) -> Sequence[Bl
     return gradients
 
 
-def _tools(around: Around) -> tuple[Tape, Graph, Sharding, Operations]:
+def _tools(around: Around, row: Row) -> tuple[Tape, Graph, Sharding, Operations]:
     tape = Tape()
     sharding = Sharding(tape, around.unit, around.first)
     if around.hooked:
@@ -131,7 +135,7 @@ def _tools(around: Around) -> tuple[Tape, Graph, Sharding, Operations]:
                 tape.mark(block, GRADIENTS)
             sharding.kept.append(block)
 
-    ops = Operations(tape, graph, weigh, around.late)
+    ops = OPERATIONS[row.operations](tape, graph, weigh, around.late)
     ops.marked = around.first and around.uses == 1 and "head.weight" not in around.root
     return tape, graph, sharding, ops
 

@@ -58,6 +58,7 @@ class Setting:
     micro_batches: int
     optimizer: str = "adamw"
     skew: float = 1.0
+    operations: str = "cpu"  # a name of `elements.OPERATIONS`
 
 
 def num_groups(layout: Layout) -> int:
@@ -111,7 +112,7 @@ class MemoryModel:
         parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
         update = 0 if adamw else self._update(layout, everywhere, first, last)
         have = Held(parameters, _FP32 * moments, update, _FP32 * numbers, root[1], every, mine, stages)
-        row = Row(setting.row_tokens, layout, setting.skew)
+        row = Row(setting.row_tokens, layout, setting.skew, setting.operations)
         replay = Step(config, parallel, layout, row, setting.micro_batches, have, self._pass)
         routed = sum(
             b.routed_here * 2 + (0 if parallel.offload_optimizer else b.routed_moments) for b, _ in blocks
@@ -133,7 +134,7 @@ class MemoryModel:
             layer = which
             kind = self.config.layer_kind(layer), self.config.is_hash_layer(layer)
         slices = row.layout.context, row.layout.tensor, row.layout.expert
-        key = (what, kind, row.tokens, row.skew, slices, around)
+        key = (what, kind, row.tokens, row.skew, row.operations, slices, around)
         if key not in self._passes:
             if what == "block":
                 self._passes[key] = block_pass(self.config, row, which, around)

@@ -159,9 +159,17 @@ class Operations:
     # ---- norms, streams -----------------------------------------------------------------------------
 
     def norm(
-        self, name: str | None, x: Value, rows: int, width: int, size: int = BF16, keep: bool = True
+        self,
+        name: str | None,
+        x: Value,
+        rows: int,
+        width: int,
+        size: int = BF16,
+        keep: bool = True,
+        turned: int = 0,
     ) -> Value:
-        """RMSNorm, with a rotation or without: rows' factors are kept beside the input."""
+        """RMSNorm, with a rotation of the last `turned` channels or without: rows' factors are kept beside the
+        input."""
         out, factors = self.new(rows * width * size), self.new(rows * FP32)
 
         def backward(gradients: Sequence[Block], saved: Sequence[Block]) -> Back:
@@ -181,13 +189,21 @@ class Operations:
             self.graph.keep(value, again, x)
         return value
 
-    def rotary(self, x: Value, rows: int, width: int) -> Value:
+    def rotary(self, x: Value, rows: int, width: int, turned: int, size: int = BF16) -> Value:
         """A rotation alone keeps only its tables."""
-        out = self.new(rows * width * BF16)
-        return self.graph.node(lambda g, s: (self.new(rows * width * BF16),), [x], [out])[0]
+        out = self.new(rows * width * size)
+        return self.graph.node(lambda g, s: (self.new(rows * width * size),), [x], [out])[0]
 
-    def hyper_pre(self, name: str, streams: Value, tokens: int, n: int, d: int) -> tuple[Value, Value, Value]:
-        """(input, post, comb)."""
+    def swiglu(self, hidden: Value, rows: int, f: int) -> Value:
+        """Keeps its input."""
+        out = self.new(rows * f * BF16)
+        value = self.graph.node(lambda g, s: (self.new(rows * 2 * f * BF16),), [hidden], [out], [hidden])[0]
+        return self.graph.keep(value, lambda _: self.new(rows * f * BF16), hidden)
+
+    def hyper_pre(
+        self, name: str, streams: Value, tokens: int, n: int, d: int, rounds: int
+    ) -> tuple[Value, Value, Value]:
+        """(input, post, comb); comb by so many rounds of Sinkhorn."""
         maps = (2 + n) * n
         x, post = self.new(tokens * d * BF16), self.new(tokens * n * FP32)
         comb, pre = self.new(tokens * n * n * FP32), self.new(tokens * n * FP32)
@@ -215,6 +231,10 @@ class Operations:
         inputs = [streams, y, post, comb]
         return self.graph.node(backward, inputs, [out], inputs)[0]
 
+    def again_post(self, tokens: int, n: int, d: int) -> Callable[..., Block]:
+        """`hyper_post`, made again from what was kept."""
+        return lambda *_: self.new(tokens * n * d * BF16)
+
     def hyper_head(self, name: str, streams: Value, tokens: int, n: int, d: int) -> Value:
         x, pre = self.new(tokens * d * BF16), self.new(tokens * n * FP32)
         logits, factors = self.new(tokens * n * FP32), self.new(tokens * FP32)
@@ -238,13 +258,15 @@ class Operations:
     # ---- attention ----------------------------------------------------------------------------------
 
     def compress(
-        self, name: str, values: Value, gates: Value, rows: int, entries: int, width: int, c: int
+        self, name: str, values: Value, gates: Value, rows: int, entries: int, width: int, c: int, ratio: int
     ) -> Value:
-        """Windows of [rows, width] fp32 pooled to [entries, c] fp32."""
+        """Windows of `ratio` of [rows, width] fp32 pooled to [entries, c] fp32."""
         out = self.new(entries * c * FP32)
 
         def backward(gradients: Sequence[Block], saved: Sequence[Block]) -> Back:
-            return self.new(rows * width * FP32), self.new(rows * width * FP32)
+            given = self.new(rows * width * FP32), self.new(rows * width * FP32)
+            self.weigh(f"{name}.ape", self.new(ratio * width * FP32))
+            return given
 
         return self.graph.node(backward, [values, gates], [out], [values, gates])[0]
 
@@ -262,6 +284,7 @@ class Operations:
         window: int,
         num_entries: int,
         topk: int,
+        turned: int,
     ) -> tuple[Value, Value]:
         """(out, mass): queries [tokens, heads, c] over keys [front + tokens, c] and entries [num_entries, c].
 
@@ -327,7 +350,7 @@ class Operations:
         found = self.graph.node(backward, [q, keys, entries, None], [out], kept)
         return found[0], Value(mass)
 
-    def select_entries(self, tokens: int, heads: int, num_entries: int, topk: int) -> Value:
+    def select_entries(self, tokens: int, heads: int, num_entries: int, topk: int, c: int, ratio: int) -> Value:
         """The indices; nothing flows back. Products exist for a few queries at a time."""
         out = self.new(tokens * topk * INT64)
         size = max(_BLOCK, min(_CHUNK, _PRODUCTS // (heads * max(num_entries, 1))) // _BLOCK * _BLOCK)
@@ -342,6 +365,8 @@ class Operations:
         queries: Value,
         keys: Value,
         weights: Value,
+        selected: Value,
+        mass: Value,
         *,
         tokens: int,
         heads: int,

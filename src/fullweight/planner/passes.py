@@ -24,6 +24,7 @@ class Row:
     tokens: int
     layout: Layout
     skew: float = 1.0
+    operations: str = "cpu"  # a name of `elements.OPERATIONS`
 
     @property
     def here(self) -> int:
@@ -66,11 +67,11 @@ class Blocks:
         n, d = c.hc_mult, c.hidden_size
         self.graph.book = []
         # names live as long as the model's: what it still holds takes memory
-        first = ops.hyper_pre("hc_attn", streams, s, n, d)
+        first = ops.hyper_pre("hc_attn", streams, s, n, d, c.hc_sinkhorn_iters)
         y = self._attention(ops.norm("attn_norm.weight", first[0], s, d))
         middle = ops.hyper_post(streams, y, first[1], first[2], s, n, d)
-        self.graph.keep(middle, lambda *_: ops.new(s * n * d * BF16), streams, y, first[1], first[2])
-        second = ops.hyper_pre("hc_ffn", middle, s, n, d)
+        self.graph.keep(middle, ops.again_post(s, n, d), streams, y, first[1], first[2])
+        second = ops.hyper_pre("hc_ffn", middle, s, n, d, c.hc_sinkhorn_iters)
         y = self._experts(ops.norm("ffn_norm.weight", second[0], s, d))
         return ops.hyper_post(middle, y, second[1], second[2], s, n, d)
 
@@ -83,12 +84,14 @@ class Blocks:
         kind = LayerKind.SLIDING if is_mtp else c.layer_kind(self.layer)
         heads, span = c.num_attention_heads // tensor, row.span
         latent = ops.norm("attn.q_norm.weight", ops.linear("attn.wq_a.weight", x, s, d, rank), s, rank)
-        kv = ops.norm("attn.kv_norm.weight", ops.linear("attn.wkv.weight", x, s, d, width), s, width)
+        rope = c.qk_rope_head_dim
+        kv = ops.linear("attn.wkv.weight", x, s, d, width)
+        kv = ops.norm("attn.kv_norm.weight", kv, s, width, turned=rope)
         wide = ops.gather(latent, s * rank * BF16, tensor) if tensor > 1 else latent
         q = ops.linear("attn.wq_b.weight", wide, span, rank, heads * width)
         self.graph.keep(q, ops.again_linear(span, rank, heads * width), wide)
         del wide
-        q = ops.norm(None, q, span * heads, width)
+        q = ops.norm(None, q, span * heads, width, turned=rope)
         out = self._packed(x, latent, q, kv, kind)
         groups = c.o_groups // tensor
         mixed = ops.grouped_linear("attn.wo_a.weight", out, span, groups, heads * width // groups, c.o_lora_rank)
@@ -131,6 +134,7 @@ class Blocks:
             window=c.sliding_window,
             num_entries=num_entries,
             topk=topk,
+            turned=c.qk_rope_head_dim,
         )
         if index is None:
             return out
@@ -140,6 +144,8 @@ class Blocks:
             index[0],
             index[1][0],
             index[2],
+            index[3],
+            mass,
             tokens=s,
             heads=c.index_n_heads,
             c=c.index_head_dim,
@@ -193,8 +199,11 @@ class Blocks:
         if row.layout.num_slices > 1:
             front = (2 * ratio if overlap else ratio) - 1
             values, gates = self._before([values, gates], s, front, width * FP32)
-        pooled = ops.compress(name, values, gates, front + s, made, width, c)
-        entries = self._narrowed(ops.norm(f"{name}.norm.weight", pooled, made, c, FP32, keep=False), made * c)
+        pooled = ops.compress(name, values, gates, front + s, made, width, c, ratio)
+        turned = self.config.qk_rope_head_dim
+        normed = ops.norm(f"{name}.norm.weight", pooled, made, c, FP32, keep=False, turned=turned)
+        entries = self._narrowed(normed, made * c)
+        del normed
         if row.layout.num_slices == 1:
             return entries, values, gates
         gathered = ops.gather(entries, made * c * BF16, row.layout.num_slices)
@@ -213,14 +222,15 @@ class Blocks:
         c, ops, s = self.config, self.ops, self.row.here
         heads, width = c.index_n_heads, c.index_head_dim
         queries = ops.linear("attn.indexer.wq_b.weight", latent, s, c.q_lora_rank, heads * width)
-        queries = ops.rotary(queries, s * heads, width)
+        queries = ops.rotary(queries, s * heads, width, c.qk_rope_head_dim)
         raw = ops.linear("attn.indexer.weights_proj.weight", x, s, c.hidden_size, heads)
         wide = ops.plain(s * heads * FP32, raw)
         del raw
         weights = ops.plain(s * heads * FP32, wide)
         del wide
         keys = self._compressed("attn.indexer.compressor", x, CSA_RATIO, width)
-        return queries, keys, weights, ops.select_entries(s, heads, entries, topk)
+        selected = ops.select_entries(s, heads, entries, topk, width, CSA_RATIO)
+        return queries, keys, weights, selected
 
     # ---- experts ------------------------------------------------------------------------------------
 
@@ -233,17 +243,11 @@ class Blocks:
         else:
             routed = self._sharded(x, chosen, weights)
         hidden = ops.linear("ffn.shared_experts.gate_up", x, s, d, 2 * f)
-        activation = self._swiglu(hidden, s, f)
+        activation = ops.swiglu(hidden, s, f)
         del hidden
         shared = ops.linear("ffn.shared_experts.down", activation, s, f, d)
         del activation
         return ops.plain(s * d * BF16, routed, shared)
-
-    def _swiglu(self, hidden: Value, rows: int, f: int) -> Value:
-        ops = self.ops
-        out = ops.new(rows * f * BF16)
-        value = self.graph.node(lambda g, s: (ops.new(rows * 2 * f * BF16),), [hidden], [out], [hidden])[0]
-        return self.graph.keep(value, lambda _: ops.new(rows * f * BF16), hidden)
 
     def _gate(self, x: Value) -> tuple[Value, Value, Value]:
         """(affinities, chosen experts, their weights)."""

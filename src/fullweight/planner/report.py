@@ -190,7 +190,7 @@ def _print_layouts(console: Console, plan: Plan, money: Money) -> None:
         first, chosen = plan.best[0], plan.chosen
         then = "no layout above has more room" if chosen.tight else f"--emit takes {name_of(chosen)}"
         console.print(
-            f"! is tight: with the chip's own operations the first may need {first.most_bytes / _GIB:.1f} of "
+            f"! is tight: the count may be off, and the first may need {first.most_bytes / _GIB:.1f} of "
             f"{first.usable / _GIB:.1f} GiB. Rehearse it with them; {then}",
             highlight=False,
         )

@@ -13,11 +13,14 @@ import pytest
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
+from fullweight.ops import reference
+from fullweight.ops.ascend import attention as lists
 from fullweight.ops.cpu import attention, experts, loss
 from fullweight.parallel.config import Layout, ParallelConfig
+from fullweight.planner import ascend as planned_for_ascend
 from fullweight.planner import operations
 from fullweight.planner.chips import chip
-from fullweight.planner.elements import Around, block_pass
+from fullweight.planner.elements import OPERATIONS, Around, block_pass
 from fullweight.planner.memory import MemoryModel, Setting, StageMemory, memory_of, num_groups
 from fullweight.planner.passes import Row
 from fullweight.planner.sharding import NOTHING, unit_of
@@ -38,7 +41,9 @@ def planned(record: dict[str, Any]) -> list[StageMemory]:
     config = DeepSeekV4Config.preset(record["model"]["preset"], **record["model"]["changes"])
     parallel = ParallelConfig.model_validate(record["parallel"])
     layout = parallel.layout(record["ranks"], config, record["row_tokens"], record["rows_per_step"])
-    setting = Setting(record["row_tokens"], record["micro_batches"], record["optimizer"])
+    setting = Setting(
+        record["row_tokens"], record["micro_batches"], record["optimizer"], operations=record["operations"]
+    )
     return memory_of(config, parallel, layout, setting)
 
 
@@ -50,9 +55,12 @@ def compare(found: StageMemory, most_by_category: dict[str, int], peak_bytes: in
 
 def test_recordings_are_of_every_kind() -> None:
     """Layouts of tiny, Flash and Pro with every axis, schedule and policy."""
-    known = [r for r in RECORDS if not r["held_out"]]
+    known = [r for r in RECORDS if not r["held_out"] and r["operations"] == "cpu"]
     assert {r["model"]["preset"] for r in known} == {"tiny", "flash", "pro"}
     assert len(known) >= 24
+    of_ascend = [r for r in RECORDS if r["operations"] == "ascend"]
+    assert {r["model"]["preset"] for r in of_ascend} == {"tiny", "flash", "pro"}
+    assert {r["parallel"].get("recompute", "none") for r in of_ascend} == {"none", "selective", "full"}
     parallel = [r["parallel"] for r in RECORDS]
     assert {p.get("recompute", "none") for p in parallel} == {"none", "selective", "full"}
     assert {p.get("schedule", "1f1b") for p in parallel} == {"1f1b", "interleaved", "zero_bubble", "zbv"}
@@ -76,6 +84,10 @@ def test_sizes_are_those_of_the_operations() -> None:
     assert operations._GROUP == experts.GROUP
     assert operations._LOGITS == loss.LOGITS
     assert operations._ROWS == loss.ROWS
+    assert planned_for_ascend._QUERIES == reference.QUERY_CHUNK
+    assert planned_for_ascend._LOGITS == reference.TOKEN_CHUNK
+    assert planned_for_ascend._PLACES == lists.STEP
+    assert planned_for_ascend._ROTARY == lists.ROTARY_DIM
     for rows in range(0, 2000, 7):
         assert operations.rounded_rows(rows) == experts.rounded_rows(rows)
 
@@ -91,15 +103,16 @@ def test_shapes_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_a_block_gives_back_what_it_took_but_the_gradients(layer: int, policy: str) -> None:
+@pytest.mark.parametrize("operations", OPERATIONS)
+def test_a_block_gives_back_what_it_took_but_the_gradients(layer: int, policy: str, operations: str) -> None:
     """Forward and backward: what is left is every matrix's gradient once, and the gradient of the streams."""
     config = DeepSeekV4Config.preset("tiny")
-    row = Row(256, Layout())
+    row = Row(256, Layout(), operations=operations)
     around = Around(policy, hooked=False, first=True, late=False, unit=NOTHING, root=frozenset(), uses=2)
     made = block_pass(config, row, layer, around)
     both = [f + b for f, b in zip(made.forward.net, made.backward.net, strict=True)]
     left = dict(zip(CATEGORIES, both, strict=True))
-    shapes = [shape for name, shape in block_shapes(config, layer) if len(shape) > 1 and not name.endswith("ape")]
+    shapes = [shape for _, shape in block_shapes(config, layer) if len(shape) > 1]
     numbers = sum(int(a) * int(b) * (int(c[0]) if c else 1) for a, b, *c in shapes)
     norms = left["gradients"] // 4 - numbers
     assert 0 <= norms < 500  # vectors: norms' weights

@@ -177,13 +177,13 @@ def test_effects_have_the_sign_that_they_must() -> None:
 
 
 def test_what_is_tight_is_told_and_not_chosen() -> None:
-    """Rehearsed with the operations for Ascend, a plan of 53.76 of 54.26 GiB needed 57.60."""
+    """Less room than what the count may be off by, 1 % on Ascend."""
     first, second = PLAN.best[:2]
-    full = replace(first, usable=int(first.fullest.peak * 54.26 / 53.76))
-    roomy = replace(second, usable=int(second.fullest.peak * 1.08))
+    full = replace(first, usable=int(first.fullest.peak * 1.005))
+    roomy = replace(second, usable=int(second.fullest.peak * 1.02))
     assert full.fits
     assert full.tight
-    assert full.most_bytes == pytest.approx(full.fullest.peak * 57.60 / 53.76, rel=1e-3)
+    assert full.most_bytes == pytest.approx(full.fullest.peak * 1.01, rel=1e-6)
     assert not roomy.tight
     assert replace(PLAN, best=(full, roomy)).chosen is roomy
     assert replace(PLAN, best=(full, full)).chosen is full
