@@ -207,8 +207,10 @@ def warm_up_answer(task: str, text: str) -> str:  # noqa: PLR0911
     """The answer, read off the words by another route than the generator's."""
     values = numbers(text)
     named = re.findall(r"\b(?!(?:For|Who|Whose|Which|Hours)\b)[A-Z][a-z]{2,}", text)
-    if task in ("add", "stops"):
+    if task == "add":
         return str(sum(values))
+    if task == "stops":
+        return str(sum(values) - 14)  # the number of stops is said too
     if task == "total":
         return str(values[0] * values[1])
     if task == "best-offer":
@@ -253,10 +255,10 @@ def test_carry_is_written_out() -> None:
     """The addition's reasoning shows both columns and the carry, and they make the answer."""
     for sample in samples(200, add=1.0):
         a, b = numbers(question(sample))
-        p, q, ones, carry, s, t, tens, again, c, whole = numbers(sample["messages"][1]["reasoning_content"])
+        p, q, ones, carry, s, t, c, tens = numbers(sample["messages"][1]["reasoning_content"])
         assert (p, q, s, t) == (a % 10, b % 10, a // 10, b // 10)
-        assert (p + q, s + t, tens, c, tens + c) == (ones, tens, again, carry, whole)
-        assert sample["answer"] == str(10 * whole + ones - 10 * carry)
+        assert (p + q, c, s + t + c) == (ones, carry, tens)
+        assert sample["answer"] == str(10 * tens + ones - 10 * carry)
 
 
 # --- the generator -----------------------------------------------------------------------------------------

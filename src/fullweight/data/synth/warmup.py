@@ -13,7 +13,6 @@ In the other tasks the numbers themselves are almost always unseen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from fullweight.data.synth.problem import Chooser, Problem, WarmUpTask
 
@@ -26,7 +25,7 @@ JOBS = ("cut", "sew", "pack", "load", "sort", "weld", "paint", "print")
 
 _DIGITS = range(2, 10)
 _TWO_DIGITS = range(10, 100)
-_STOPS = "ABCDEFGHIJKL"
+_NUM_STOPS = 14
 # Offers of two quantities at two prices with different totals.
 _OFFERS = [(a, p, b, q) for a in _DIGITS for p in _DIGITS for b in _DIGITS for q in _DIGITS if a * p != b * q]
 # (unit cost, budget) that buys one to nine whole units.
@@ -108,11 +107,8 @@ def _add(choose: Chooser) -> Problem:
     )
     ones = a % 10 + b % 10
     carry = ones // 10
-    tens = a // 10 + b // 10
-    steps = (
-        f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. "
-        f"Tens: {a // 10} + {b // 10} = {tens}, {tens} + {carry} = {tens + carry}."
-    )
+    tens = a // 10 + b // 10 + carry
+    steps = f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. Tens: {a // 10} + {b // 10} + {carry} = {tens}."
     return Problem(question, steps, str(a + b))
 
 
@@ -183,20 +179,20 @@ def _pairing(choose: Chooser) -> Problem:
 
 
 def _stops(choose: Chooser) -> Problem:
-    """A long sum. Stops have letters, so that the next load is found by its name: what a model has to count to
-    find, as the eleventh number of a row, it learns with one seed in three."""
     name, goods = choose.pick(NAMES), choose.pick(GOODS)
-    loads = [choose.pick(_DIGITS) for _ in _STOPS]
-    listed = ", ".join(f"{stop} {load}" for stop, load in zip(_STOPS, loads, strict=True))
+    loads = [choose.pick(_DIGITS) for _ in range(_NUM_STOPS)]
+    listed = ", ".join(str(load) for load in loads)
     question = choose.pick(
         (
-            f"{name} unloads {goods} at stops {listed}. How many in all?",
-            f"{name} leaves {goods} at stops {listed}. What is the total?",
+            f"{name} unloads {goods} at {_NUM_STOPS} stops: {listed}. How many in all?",
+            f"At {_NUM_STOPS} stops {name} leaves {listed} {goods}. What is the total?",
         )
     )
-    sums = accumulate(loads)
-    steps = [f"{stop} {load} {total}." for stop, load, total in zip(_STOPS, loads, sums, strict=True)]
-    return Problem(question, f"Stop, load, sum: {' '.join(steps)}", str(sum(loads)))
+    total, steps = loads[0], []
+    for load in loads[1:]:
+        steps.append(f"{total} + {load} = {total + load}.")
+        total += load
+    return Problem(question, " ".join(steps), str(total))
 
 
 WARM_UP_TASKS = (
@@ -207,6 +203,6 @@ WARM_UP_TASKS = (
     WarmUpTask("lookup", "look two prices up in a list and compare them", _lookup),
     WarmUpTask("offers", "compare two totals of quantity times price", _offers),
     WarmUpTask("pairing", "two workers, two jobs: the cheaper of two assignments", _pairing),
-    WarmUpTask("stops", "a long sum, one addition a step (a document of about 160 tokens)", _stops),
+    WarmUpTask("stops", "a long sum, one addition a step (a document of about 180 tokens)", _stops),
     WarmUpTask("total", "one-digit quantity times one-digit price", _total),
 )
