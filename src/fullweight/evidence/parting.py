@@ -38,7 +38,7 @@ class Parting:
             return equal
         first = self.tensors[0]
         how = first.note or f"relative difference {first.relative:.3g}"
-        found = f"at step {self.step} {len(self.tensors)} tensors differ, the first of them {first.name} ({how})"
+        found = f"at step {self.step}: {len(self.tensors)} tensors differ, the first of them {first.name} ({how})"
         return f"{equal}; {found}" if self.equal_steps else f"weights {found}"
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from plotly import graph_objects
-from plotly.io import to_html
+from plotly.offline import get_plotlyjs
 
 from fullweight.evidence.compare import Comparison, Interval, Side, aligned, relative
 from fullweight.evidence.curves import HELD_OUT, LOSS
 from fullweight.evidence.ledger import finite
 from fullweight.evidence.parting import Parting
+from fullweight.report.drawing import COLOURS, INK, drawn, dress
 from fullweight.report.page import write_page
 
 _TEMPLATE = Path(__file__).parent / "templates" / "compare.html"
@@ -74,49 +75,54 @@ def write_comparison(
 ) -> None:
     """Write the page."""
     pictures = {"loss": _losses(comparison, sides), "difference": _differences(comparison, sides)}
-    verdicts = [f"{pair.a}, {pair.b}: {pair.told}" for pair in comparison.pairs]
-    verdicts += [str(parting) for parting in partings if parting is not None]
     write_page(
         path,
         _TEMPLATE,
         names=[side.name for side in sides],
         comparison=comparison,
-        verdicts=verdicts,
+        weights=[None if parting is None else str(parting) for parting in partings],
         pictures=pictures,
+        library=get_plotlyjs(),
         costs=cost_rows(comparison),
         runs=[(side.name, facts_of(side)) for side in sides],
     )
 
 
 def _losses(comparison: Comparison, sides: Sequence[Side]) -> str:
+    """A side is one colour: its training loss as a line, its held-out loss as marks."""
     figure = graph_objects.Figure()
-    for side in sides:
+    for number, side in enumerate(sides):
         for metric, mode in ((LOSS, "lines"), (HELD_OUT, "markers")):
             series = side.mean(metric)
             if series is not None:
                 label = side.name if metric == LOSS else f"{side.name}, held out"
-                figure.add_scatter(x=series.steps.tolist(), y=series.values.tolist(), mode=mode, name=label)
-    figure.update_layout(xaxis_title="step", yaxis_title="loss, nats per token")
-    return _drawn(figure, with_library=True)
+                _add(figure, series.steps.tolist(), series.values.tolist(), label, number, mode)
+    figure.update_layout(xaxis_title="step", yaxis_title="nats per token")
+    return drawn(dress(figure), "loss")
 
 
 def _differences(comparison: Comparison, sides: Sequence[Side]) -> str:
     figure = graph_objects.Figure()
-    for other in sides[1:]:
+    for number, other in enumerate(sides[1:], 1):
         both = aligned(sides[0], other, LOSS, comparison.window)
         assert both is not None
         apart = relative(both[0].values, both[1].values)
-        figure.add_scatter(x=both[0].steps.tolist(), y=apart.tolist(), mode="lines", name=other.name)
-    figure.add_hline(y=comparison.tolerance, line_dash="dash", annotation_text="tolerance")
-    figure.update_layout(xaxis_title="step", yaxis_title=f"|b - {sides[0].name}| / |{sides[0].name}|")
-    figure.update_yaxes(type="log")
-    return _drawn(figure, with_library=False)
+        _add(figure, both[0].steps.tolist(), apart.tolist(), other.name, number, "lines")
+        span = [int(both[0].steps[0]), int(both[0].steps[-1])]
+        if number == 1 and comparison.tolerance > 0:  # a logarithmic axis has no 0
+            line = {"color": INK, "dash": "dash"}
+            figure.add_scatter(x=span, y=[comparison.tolerance] * 2, mode="lines", name="tolerance", line=line)
+    figure.update_layout(xaxis_title="step", yaxis_title=f"|b - a| / a, a: {sides[0].name}", showlegend=True)
+    figure.update_yaxes(type="log", dtick=1, tickformat="~g")
+    return drawn(dress(figure), "difference")
 
 
-def _drawn(figure: graph_objects.Figure, *, with_library: bool) -> str:
-    figure.update_layout(height=380, margin={"l": 60, "r": 20, "t": 20, "b": 50}, template="plotly_white")
-    text: str = to_html(figure, full_html=False, include_plotlyjs=with_library, config={"displaylogo": False})
-    return text
+def _add(
+    figure: graph_objects.Figure, steps: list[int], values: list[float], name: str, number: int, mode: str
+) -> None:
+    colour = COLOURS[number % len(COLOURS)]
+    style = {"line": {"color": colour, "width": 1.6}, "marker": {"color": colour, "size": 8}}
+    figure.add_scatter(x=steps, y=values, mode=mode, name=name, **style)
 
 
 def _told(value: Interval | None, *, percent: bool = False) -> str:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plotly.graph_objects import Figure
-from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
+from fullweight.report.drawing import drawn
 from fullweight.report.figures import LEARNT, figures, together
 from fullweight.report.page import png, write_page
 from fullweight.report.picture import loss_picture
@@ -31,6 +30,15 @@ _CUT = {
 }
 
 
+_ORDER = {"refuted": 0, "holds": 1}
+_LOSSES = {
+    "lm": "of the next token, which is what is learnt",
+    "mtp": "of the token after it, by the extra prediction layers",
+    "indexer": "how far the sparse attention's choice is from the whole attention",
+    "balance": "how unevenly tokens go to experts; hidden until its name is clicked",
+}
+
+
 def write_report(
     path: Path, runs: Sequence[dict[str, Any]], lines: Sequence[Sequence[str]], *, live: bool = False
 ) -> None:
@@ -41,6 +49,10 @@ def write_report(
     sections = [
         {
             "run": run,
+            "verdict": _verdict(run),
+            "tiles": _tiles(run),
+            "losses": [pair for pair in _LOSSES.items() if pair[0] in run["steps"]["loss"]],
+            "claims": sorted(run["claims"], key=lambda claim: _ORDER.get(claim["status"], len(_ORDER))),
             "headline": headline(run),
             **_figures(run, f"run{number}"),
             "lines": _embedded(lines[number]),
@@ -54,7 +66,7 @@ def write_report(
         _TEMPLATE,
         title=" beside ".join(run["name"] for run in runs),
         sections=sections,
-        side_by_side=_drawn(together(runs), "all") if len(runs) > 1 else "",
+        side_by_side=drawn(together(runs), "all") if len(runs) > 1 else "",
         library=get_plotlyjs(),
         live=live,
     )
@@ -98,6 +110,46 @@ def headline(run: dict[str, Any]) -> list[tuple[str, str]]:
             told += f", {100 * totals['changed_master'] / totals['elements']:.2f} % changed in fp32"
         rows.append(("full-parameter", told))
     return [*rows, *((f"data: {source['name']}", _source(source)) for source in run["sources"])]
+
+
+def _verdict(run: dict[str, Any]) -> tuple[str, str]:
+    """What verification found, in a sentence, with the class of its colour."""
+    if run["kind"] != "bundle":
+        return "unsure", "Not verified: this is a run's own folder."
+    by_status = {status: [c["name"] for c in run["claims"] if c["status"] == status] for status in _ORDER}
+    rest = len(run["claims"]) - sum(map(len, by_status.values()))
+    held = len(by_status["holds"])
+    hold = "1 claim holds" if held == 1 else f"{held} claims hold"
+    what = "claim or rule" if rest == 1 else "claims and rules"
+    open_end = f"; {rest} {what} cannot be checked with what was at hand" if rest else ""
+    if by_status["refuted"]:
+        return "refuted", f"Refuted: {', '.join(by_status['refuted'])}. {hold}{open_end}."
+    return "holds", f"Nothing is refuted: {hold}{open_end}."
+
+
+def _tiles(run: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What a reader asks first: title, value, and what the value is of."""
+    held = [e for e in run["evaluations"] if "lm" in e["loss"]]
+    scored = [e for e in run["evaluations"] if e["score"] is not None]
+    found = run["performance"]
+    tiles = []
+    if scored:
+        first, last = (f"{100 * e['score']:.1f} %" for e in (scored[0], scored[-1]))
+        tiles.append(
+            ("held-out score", f"{first} → {last}", f"of {scored[-1]['num_scored']} questions, exact answers")
+        )
+    if held:
+        title, losses = "held-out loss", [e["loss"]["lm"] for e in held]
+    else:
+        title, losses = "training loss", run["steps"]["loss"]["lm"]
+    tiles.append((title, f"{_number(losses[0])} → {_number(losses[-1])}", "nats per token"))
+    count = run["parameters"]
+    share = 100 * count["trained"] / count["total"]
+    tiles.append(("trained", f"{share:.4g} %", f"of {count['total']:,} parameters"))
+    hours = found["goodput"]["wall_seconds"] / 3600
+    length = f"{60 * hours:.3g} min" if hours < 2 else f"{hours:,.1f} h"
+    tiles.append(("length", f"{found['steps']:,} steps", f"{found['tokens']['real']:,} tokens, {length}"))
+    return tiles
 
 
 def _parameters(count: dict[str, int]) -> str:
@@ -174,12 +226,6 @@ def _embedded(lines: Sequence[str]) -> str | None:
 
 def _figures(run: dict[str, Any], group: str) -> dict[str, list[tuple[str, str]]]:
     """Drawn figures with their titles: what was learnt, which comes before the answers, and how."""
-    drawn = [(title, _drawn(figure, group)) for title, figure in figures(run).items()]
-    first = [pair for pair in drawn if pair[0] in LEARNT]
-    return {"learnt": first, "figures": [pair for pair in drawn if pair not in first]}
-
-
-def _drawn(figure: Figure, group: str) -> str:
-    config = {"displaylogo": False, "responsive": True}
-    text: str = to_html(figure, full_html=False, include_plotlyjs=False, config=config)
-    return text.replace('class="plotly-graph-div"', f'class="plotly-graph-div" data-run="{group}"')
+    found = [(title, drawn(figure, group)) for title, figure in figures(run).items()]
+    first = [pair for pair in found if pair[0] in LEARNT]
+    return {"learnt": first, "figures": [pair for pair in found if pair not in first]}

@@ -1,8 +1,8 @@
 """The figures of a run's page, drawn by plotly from what `record.py` gives.
 
 Every point of a step carries the number of its ledger line as custom data: hovering shows it, and the page opens
-that line when the point is clicked. Colours are those of a palette that colour-blind readers can tell apart, on no
-background, so that a figure reads on a light page, a dark one and on paper.
+that line when the point is clicked. How a figure looks is in `drawing.py`. Two evaluations are two marks: nothing
+is known of the way between them, so no line is drawn.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from plotly import graph_objects
 from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-_INK, _GRID = "#808890", "rgba(128,136,144,0.25)"
+from fullweight.report.drawing import COLOURS, INK, dress
+
 _GIB = 2**30
 LEARNT = ("Loss", "Held-out score")
 
@@ -35,7 +35,7 @@ def figures(run: dict[str, Any]) -> dict[str, Figure]:
     }
     found = {title: figure for title, figure in drawn.items() if figure is not None}
     for figure in found.values():
-        _dress(figure)
+        dress(figure)
     return found
 
 
@@ -43,14 +43,14 @@ def together(runs: Sequence[dict[str, Any]]) -> Figure:
     """The losses of several runs on one pair of axes; `meta` is the number of the run."""
     figure = Figure()
     for number, run in enumerate(runs):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         _points(figure, run["steps"], run["steps"]["loss"]["lm"], run["name"], colour, meta=number)
         held = [e for e in run["evaluations"] if "lm" in e["loss"]]
         table = {"step": [e["step"] for e in held], "line": [e["line"] for e in held]}
         label = f"{run['name']}, held out"
         _points(figure, table, [e["loss"]["lm"] for e in held], label, colour, mode="markers", meta=number)
     figure.update_layout(yaxis_title="lm, nats per token")
-    _dress(figure)
+    dress(figure)
     return figure
 
 
@@ -58,53 +58,61 @@ def _loss(run: dict[str, Any]) -> Figure:
     """Losses by component, held-out loss, and what was done twice, in grey."""
     figure, steps = Figure(), run["steps"]
     if run["superseded"]["step"]:
-        _points(figure, run["superseded"], run["superseded"]["total_loss"], "done twice", _INK, mode="markers")
-    for colour, (name, values) in zip(_COLOURS, steps["loss"].items(), strict=False):
-        shown = True if name == "lm" else "legendonly" if name == "balance" else True
-        _points(figure, steps, values, name, colour, visible=shown)
+        _points(figure, run["superseded"], run["superseded"]["total_loss"], "done twice", INK, mode="markers")
+    losses = sorted(steps["loss"].items(), key=lambda named: named[0] != "lm")  # what is judged is first
+    for colour, (name, values) in zip(COLOURS, losses, strict=False):
+        shown = "legendonly" if name == "balance" else True
+        width, above = (2.4, 1) if name == "lm" else (1.6, 0)
+        _points(figure, steps, values, name, colour, visible=shown, line_width=width, zorder=above)
     held = [e for e in run["evaluations"] if "lm" in e["loss"]]
     table = {"step": [e["step"] for e in held], "line": [e["line"] for e in held]}
-    _points(figure, table, [e["loss"]["lm"] for e in held], "lm, held out", _COLOURS[-1], mode="lines+markers")
+    _points(figure, table, [e["loss"]["lm"] for e in held], "lm, held out", INK, mode=_joined(held))
     figure.update_layout(yaxis_title="nats per token")
     _interruptions(figure, run)
     return figure
 
 
+def _joined(evaluations: list[dict[str, Any]]) -> str:
+    return "lines+markers" if len(evaluations) > 2 else "markers"
+
+
 def _score(run: dict[str, Any]) -> Figure | None:
     scored = [e for e in run["evaluations"] if e["score"] is not None]
-    if not scored:
+    if len(scored) < 3:  # the head of the page says first and last
         return None
     figure = Figure()
     table = {"step": [e["step"] for e in scored], "line": [e["line"] for e in scored]}
-    _points(figure, table, [100 * e["score"] for e in scored], "score", _COLOURS[0], mode="lines+markers")
+    _points(figure, table, [100 * e["score"] for e in scored], "score", COLOURS[0], mode="lines+markers")
     figure.update_layout(yaxis_title="exact answers, %", yaxis_range=[-3, 103])
     return figure
 
 
 def _rates(run: dict[str, Any]) -> Figure:
     figure = make_subplots(specs=[[{"secondary_y": True}]])
-    _points(figure, run["steps"], run["steps"]["tokens_per_second"], "tokens/s", _COLOURS[0])
+    _points(figure, run["steps"], run["steps"]["tokens_per_second"], "tokens/s", COLOURS[0])
     mfu = [None if value is None else 100 * value for value in run["steps"]["mfu"]]
-    _points(figure, run["steps"], mfu, "MFU, %", _COLOURS[1], secondary_y=True)
+    _points(figure, run["steps"], mfu, "MFU, %", COLOURS[1], secondary_y=True, line_dash="dot")
     figure.update_yaxes(title_text="tokens/s", rangemode="tozero", secondary_y=False)
-    figure.update_yaxes(title_text="MFU, %", rangemode="tozero", showgrid=False, secondary_y=True)
+    figure.update_yaxes(title_text="MFU, %", rangemode="tozero", showgrid=False, tickmode="auto", secondary_y=True)
     _interruptions(figure, run)
     return figure
 
 
 def _descent(run: dict[str, Any]) -> Figure:
     figure = make_subplots(specs=[[{"secondary_y": True}]])
-    _points(figure, run["steps"], run["steps"]["grad_norm"], "gradient norm", _COLOURS[2])
-    _points(figure, run["steps"], run["steps"]["learning_rate"], "learning rate", _COLOURS[3], secondary_y=True)
+    _points(figure, run["steps"], run["steps"]["grad_norm"], "gradient norm", COLOURS[2])
+    _points(figure, run["steps"], run["steps"]["learning_rate"], "learning rate", COLOURS[3], secondary_y=True)
     figure.update_yaxes(title_text="gradient norm", type="log", secondary_y=False)
-    figure.update_yaxes(title_text="learning rate", rangemode="tozero", showgrid=False, secondary_y=True)
+    figure.update_yaxes(
+        title_text="learning rate", rangemode="tozero", showgrid=False, tickmode="auto", secondary_y=True
+    )
     return figure
 
 
 def _phases(run: dict[str, Any]) -> Figure:
     """Seconds of each step, by phase, one on the other."""
     figure = Figure()
-    for colour, (name, values) in zip(_COLOURS, run["steps"]["seconds"].items(), strict=False):
+    for colour, (name, values) in zip(COLOURS, run["steps"]["seconds"].items(), strict=False):
         _points(figure, run["steps"], values, name, colour, stackgroup="time", line_width=0.5)
     figure.update_layout(yaxis_title="seconds a step")
     _interruptions(figure, run)
@@ -115,7 +123,7 @@ def _memory(run: dict[str, Any]) -> Figure | None:
     if not run["steps"]["memory"]:
         return None
     figure = Figure()
-    for colour, (name, values) in zip(_COLOURS, run["steps"]["memory"].items(), strict=False):
+    for colour, (name, values) in zip(COLOURS, run["steps"]["memory"].items(), strict=False):
         label = name.removesuffix("_bytes").replace("_", " ")
         _points(figure, run["steps"], [None if v is None else v / _GIB for v in values], label, colour)
     figure.update_layout(yaxis_title="GiB", yaxis_rangemode="tozero")
@@ -141,6 +149,7 @@ def _experts(run: dict[str, Any]) -> Figure | None:
         hovertemplate="%{y}, expert %{x}: %{customdata:,} tokens, %{z:.2f} of the mean<extra></extra>",
         colorscale="Cividis",
         zmin=0,
+        zmax=max(max(row) for row in shares),
         colorbar_title="of mean",
     )
     figure = Figure(heat)
@@ -189,7 +198,7 @@ def _power(run: dict[str, Any]) -> Figure | None:
     if all(value is None for value in run["steps"]["watts"]):
         return None
     figure = Figure()
-    _points(figure, run["steps"], run["steps"]["watts"], "power", _COLOURS[4])
+    _points(figure, run["steps"], run["steps"]["watts"], "power", COLOURS[4])
     figure.update_layout(yaxis_title="watts", yaxis_rangemode="tozero")
     return figure
 
@@ -204,6 +213,7 @@ def _points(
     mode: str = "lines",
     secondary_y: bool | None = None,
     line_width: float = 1.6,
+    line_dash: str = "solid",
     **more: Any,
 ) -> None:
     """Add numbers by step; what is not finite, which a ledger writes as its name, leaves a gap."""
@@ -214,8 +224,8 @@ def _points(
         customdata=table["line"],
         name=name,
         mode=mode,
-        line={"color": colour, "width": line_width},
-        marker={"color": colour, "size": 6},
+        line={"color": colour, "width": line_width, "dash": line_dash},
+        marker={"color": colour, "size": 7},
         hovertemplate="step %{x}: %{y:.6g}<extra>" + name + ", ledger line %{customdata}</extra>",
         **more,
     )
@@ -228,25 +238,7 @@ def _interruptions(figure: Figure, run: dict[str, Any]) -> None:
         figure.add_vline(
             x=segment["step"],
             line_dash="dot",
-            line_color=_INK,
+            line_color=INK,
             annotation_text=f"{segment['what']}, line {segment['line']}",
             annotation_font_size=10,
         )
-
-
-def _dress(figure: Figure) -> None:
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": _INK, "size": 12},
-        legend={"orientation": "h", "y": 1.12},
-        margin={"l": 64, "r": 56, "t": 36, "b": 44},
-        height=360,
-        hovermode="closest",
-        modebar={"bgcolor": "rgba(0,0,0,0)", "color": _INK, "activecolor": _COLOURS[0]},
-    )
-    figure.update_xaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-    if figure.layout.xaxis.title.text is None and not any(t.type == "heatmap" for t in figure.data):
-        figure.update_xaxes(title_text="step")

@@ -13,8 +13,8 @@ from tests.unit.report.recorded import evaluation, step_line
 from fullweight.core.errors import CheckpointError
 from fullweight.evidence.bundle import RefusedError
 from fullweight.evidence.ledger import Ledger
-from fullweight.report.document import headline, write_run
-from fullweight.report.record import record
+from fullweight.report.document import headline, write_report, write_run
+from fullweight.report.record import raw_lines, record
 
 ANSWER = {"id": "a", "question": "1 < 2?", "response": "<img src=x>", "expected": "yes", "correct": False}
 
@@ -43,7 +43,12 @@ def written(root: Path) -> str:
 def test_the_page_stands_alone_and_leads_with_what_was_learnt(tmp_path: Path) -> None:
     """Nothing is fetched, generated text cannot become markup, and answers come before how they were made."""
     lines = [("eval", 0, evaluation(6.0, 0.0)), ("step", 1, step_line(1, 5.0)), ("step", 2, step_line(2, "nan"))]
-    make_run(tmp_path, [*lines, ("step", 3, step_line(3, 3.0)), ("eval", 3, evaluation(2.5, 0.75))])
+    lines += [
+        ("eval", 2, evaluation(4.0, 0.5)),
+        ("step", 3, step_line(3, 3.0)),
+        ("eval", 3, evaluation(2.5, 0.75)),
+    ]
+    make_run(tmp_path, lines)
     page = written(tmp_path)
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", outside)
@@ -53,13 +58,47 @@ def test_the_page_stands_alone_and_leads_with_what_was_learnt(tmp_path: Path) ->
     assert "0.0 % to 75.0 % of 4" in page
     assert "6.0000 to 2.5000" in page
     headings = re.findall("<h2>(.*?)</h2>", page)
-    assert headings[:5] == [
-        *("What it comes to", "Loss", "Held-out score"),
-        *("What it answers", "Tokens per second and MFU"),
+    assert headings[:6] == [
+        *("Loss", "Held-out score", "What it answers"),
+        *("What it comes to", "Claims", "Tokens per second and MFU"),
     ]
+    assert page.index("Not verified") < page.index("0.0 % → 75.0 %") < page.index("<h2>Loss</h2>")
     assert page.index("before</th><th>after") < page.index('<span class="holds">right</span>')
     assert (tmp_path / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told"),
+    [
+        (("holds", "holds", "not checkable"), "Nothing is refuted: 2 claims hold; 1 claim or rule cannot be"),
+        (("not checkable", "refuted", "holds"), "Refuted: claim-1. 1 claim holds; 1 claim or rule cannot be"),
+        (("holds", "holds", "holds"), "Nothing is refuted: 3 claims hold."),
+    ],
+)
+def test_the_verdict_is_above_the_fold_and_what_is_refuted_comes_first(
+    tmp_path: Path, statuses: tuple[str, ...], told: str
+) -> None:
+    root = make_run(tmp_path, [("eval", 0, evaluation(6.0, None)), ("step", 1, step_line(1, 5.0))])
+    found = record(root)
+    claims = [
+        {"name": f"claim-{number}", "value": "1", "status": status, "told": "", "statement": ""}
+        for number, status in enumerate(statuses)
+    ]
+    write_report(tmp_path / "page.html", [found | {"kind": "bundle", "claims": claims}], [raw_lines(root)])
+    page = (tmp_path / "page.html").read_text()
+    assert page.index(told) < page.index("<h2>Loss</h2>") < page.index("<h2>Claims</h2>")
+    rows = re.findall(r'<td class="claim">(claim-\d)', page)
+    assert [statuses[int(row[-1])] for row in rows] == sorted(
+        statuses, key=["refuted", "holds", "not checkable"].index
+    )
+
+
+def test_no_button_of_a_figure_sends_its_numbers_away(tmp_path: Path) -> None:
+    """The library would offer an upload to its vendor beside each figure unless told not to."""
+    page = written(make_run(tmp_path, [("step", 1, step_line(1))]))
+    drawn = page.count('class="plotly-graph-div"')
+    assert drawn == page.count('"showSendToCloud": false') > 0
 
 
 def test_the_headline_says_what_was_refused_and_what_is_no_number(tmp_path: Path) -> None:
