@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from fullweight.planner.graph import Value
 from fullweight.planner.operations import BF16, FP32, INT32, INT64, Back, Operations, up
-from fullweight.planner.tape import GRADIENTS, Block
+from fullweight.planner.tape import Block
 
 _QUERIES, _LOGITS = 256, 1024  # QUERY_CHUNK and TOKEN_CHUNK of ops/reference.py
 _PLACES, _ROTARY = 1024, 64  # STEP and ROTARY_DIM of ops/ascend/attention.py
@@ -395,7 +395,7 @@ class AscendOperations(Operations):
                 narrow, threshold = self.new(chunk * heads * topk * BF16), self.new(chunk * heads * topk * BF16)
                 held = held[:1]  # of the loss itself all has gone
                 del wide, narrow
-                dpicked, part = self.new(chunk * topk * c * FP32 // 2), self.new(chunk * heads * c * BF16)
+                dpicked, part = self.new(chunk * topk * c * BF16), self.new(chunk * heads * c * BF16)
                 del threshold, held
                 spread = self.new(entries * c * BF16)
                 dkeys = spread if dkeys is None else self.new(entries * c * BF16)
@@ -517,11 +517,4 @@ class AscendOperations(Operations):
             part = self.new(vocabulary * d * BF16)
             del part
         del cast, log_probs, logits, log_prob, dlogits
-        if self.marked:
-            self.tape.mark(dhead, GRADIENTS)
-
-        def backward(gradients: Sequence[Block], saved: Sequence[Block]) -> Back:
-            self.weigh("head.weight", saved[1])
-            return (saved[0],)
-
-        return self.graph.node(backward, [hidden], [self.new(4)], [dhidden, dhead])[0]
+        return self._loss(hidden, dhidden, dhead)

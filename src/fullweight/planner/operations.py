@@ -520,6 +520,10 @@ class Operations:
                 dhead = self.new(vocabulary * d * FP32)
         del cast, log_probs, logits, part
         assert dhead is not None
+        return self._loss(hidden, dhidden, dhead)
+
+    def _loss(self, hidden: Value, dhidden: Block, dhead: Block) -> Value:
+        """The loss, with the gradients that were formed beside it."""
         if self.marked:
             self.tape.mark(dhead, GRADIENTS)
 
