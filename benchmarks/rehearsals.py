@@ -19,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +371,6 @@ CASES = {
 
 # the operators take heads of 512 channels, and of 128 in the indexer
 _HEADS = "model.changes={head_dim=512,index_head_dim=128}"
-_WHOLE = ("parallel.pipeline=1", "parallel.stage_layers=[]")
 CASES |= {
     "ascend_tiny_fsdp": Case(
         TINY, 2, ("optimizer.name='adamw'", _HEADS, "train.rows_per_step=4"), (), operations="ascend"
@@ -389,72 +388,22 @@ CASES |= {
         (),
         operations="ascend",
     ),
-    "ascend_flash_128": Case(FLASH, 128, (), ("stage 0", "stage 3"), operations="ascend"),
-    "ascend_flash_none": Case(
-        FLASH,
-        128,
-        (*_WHOLE, "parallel.expert=64", "parallel.recompute='none'", "data.row_tokens=4096"),
-        (),
-        operations="ascend",
-    ),
-    "ascend_flash_slices": Case(
-        FLASH,
-        128,
-        (
-            *_WHOLE,
-            "parallel.context=2",
-            "parallel.tensor=2",
-            "parallel.expert=128",
-            "parallel.recompute='selective'",
-            "parallel.offload_optimizer=false",
-            "train.rows_per_step=64",
-        ),
-        ("all ranks, last slice",),
-        operations="ascend",
-    ),
-    "ascend_flash_zero_bubble": Case(
-        FLASH,
-        128,
-        (
-            "parallel.pipeline=2",
-            "parallel.stage_layers=[]",
-            "parallel.virtual_stages=2",
-            "parallel.schedule='zero_bubble'",
-            "parallel.tensor=2",
-            "parallel.expert=32",
-            "data.row_tokens=4096",
-            "train.rows_per_step=128",
-        ),
-        ("stage 1",),
-        operations="ascend",
-    ),
-    "ascend_pro_512": Case(
-        "recipes/v4_pro_sft_910c_512.toml", 512, (), ("stage 0", "stage 7"), operations="ascend"
-    ),
+}
+
+# (the layout that is traced with the Ascend operations too, its roles, whether it is held out)
+_OF_ASCEND: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "ascend_flash_128": ("flash_910c_128", ("stage 0", "stage 3"), False),
+    "ascend_flash_none": ("flash_none", (), False),
+    "ascend_flash_slices": ("flash_slices", ("all ranks, last slice",), False),
+    "ascend_flash_zero_bubble": ("flash_zero_bubble", ("stage 1",), False),
+    "ascend_pro_512": ("pro_910c_512", ("stage 0", "stage 7"), False),
     # what `fullweight plan` chose first for 512 chips of Ascend 910C while it counted a CPU's operations
-    "ascend_pro_two_documents": Case(
-        PRO,
-        1024,
-        (
-            *_WHOLE,
-            "parallel.tensor=2",
-            "parallel.expert=128",
-            "parallel.recompute='full'",
-            "parallel.offload_optimizer=false",
-            "data.row_tokens=8192",
-            "train.rows_per_step=512",
-        ),
-        (),
-        operations="ascend",
-    ),
-    "ascend_pro_reshard4": Case(
-        PRO,
-        1024,
-        ("parallel.pipeline=4", "parallel.stage_layers=[]", "parallel.reshard_after='micro_batch'"),
-        ("stage 3",),
-        held_out=True,
-        operations="ascend",
-    ),
+    "ascend_pro_two_documents": ("pro_two_documents", (), False),
+    "ascend_pro_reshard4": ("pro_reshard4", ("stage 3",), True),
+}
+CASES |= {
+    name: replace(CASES[of], roles=roles, held_out=held_out, operations="ascend")
+    for name, (of, roles, held_out) in _OF_ASCEND.items()
 }
 
 
