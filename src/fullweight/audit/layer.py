@@ -190,7 +190,7 @@ def _read(recorded: Recorded, folders: Sequence[Path]) -> tuple[list[Folder], li
     results: list[LayerResult] = []
     if not folders:
         gone = [step for step in told if place / told[step]["folder"] not in paths]
-        results += [_refused("all", s, Failure.missing, f"the boundaries of step {s} are gone") for s in gone]
+        results += [_gone(step, place / told[step]["folder"]) for step in gone]
     for path in paths:
         try:
             read.append(Folder.of(path, recorded))
@@ -323,6 +323,12 @@ def _unchecked(recorded: Recorded, folder: Folder, piece: str) -> LayerResult:
     kept = ", ".join(str(step) for step in sorted(recorded.kept())) or "none"
     reason = f"no state of step {folder.step - 1} is kept to start from; kept: {kept}"
     return LayerResult(piece, folder.step, Verdict.unchecked, reason, bound_in_ledger=folder.bound)
+
+
+def _gone(step: int, folder: Path) -> LayerResult:
+    """Of boundaries that the ledger names, and that were removed since: absent evidence contradicts nothing."""
+    reason = f"the boundaries of step {step}, which the ledger names, are no longer at {folder}"
+    return LayerResult("all", step, Verdict.unchecked, reason, bound_in_ledger=True)
 
 
 def _step_of(path: Path) -> int:

@@ -9,6 +9,12 @@ parameters by name. The first module beyond the bound is where to look: whatever
 A choice of experts or entries that is nearly tied may go the other way by rounding alone, and then everything
 behind it differs; draw other documents (`seed`) to tell. transformers has no MTP block and does not train the
 indexer, so neither is compared here. Both models, their gradients and activations are in memory at once.
+
+Some gradients are sums that all but cancel: in a young model, whose streams are nearly equal, that of the head's
+mixing has 1e-7 of the whole, and in fp32 rounding decides its third digit on either side. No share of the whole
+tells such rounding from a fault. So where modules agree and a parameter's gradient does not, both models are run
+again in float64, where nothing of it is rounding. Wrong is what differs there too, or what is much further from
+the float64 values than transformers' own fp32 is (the test that attention kernels are usually put to).
 """
 
 from __future__ import annotations
@@ -16,13 +22,15 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fullweight.checkpoint.export import FolderWeights, write_checkpoint
 from fullweight.checkpoint.folder import PublishedFolder
@@ -43,13 +51,12 @@ table (docs/parity.md) stays below 5e-5 at the logits; deeper models add up more
 BACKWARD_BOUND = 5e-4
 """Norm of the difference of two gradients over the norm of transformers'."""
 
-_NEGLIGIBLE = 1e-5
-"""Share of the whole gradient below which a parameter's is judged beside that share instead. Where streams are
-nearly equal, as in young models, the head's mixing has 1e-7 of the whole, a sum that all but cancels: right models
-were 6e-10 of the whole apart there (preset `tiny`, four models, four seeds). One that is wrong altogether is still
-tens of times beyond the bound."""
+ROUNDINGS = 30
+"""How many times transformers' own rounding ours may be, where that is what a gradient consists of. Rounding of
+few numbers is small by luck now and then: the largest of a module's parameters counts, not the parameter's."""
 
 _BYTES_PER_PARAMETER = 16  # two models in fp32 and their gradients
+_BYTES_IN_FLOAT64 = 32  # a model, its gradients and the other's in float64, and both gradients in fp32
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,24 @@ class ModuleError:
 
 @dataclass(frozen=True)
 class ParameterError:
-    """The gradient of a parameter, under transformers' name."""
+    """The gradient of a parameter, under transformers' name.
+
+    `in_float64` is None where both models were not run again in float64; `rounding` is how far transformers' own
+    fp32 gradients are from their float64 values, the largest of the module's parameters.
+    """
 
     name: str
     gradient: float
+    in_float64: float | None = None
+    rounding: float = 0.0
+
+    @property
+    def differs(self) -> bool:
+        if self.gradient <= BACKWARD_BOUND:
+            return False
+        if self.in_float64 is None:
+            return True
+        return self.in_float64 > BACKWARD_BOUND or self.gradient > ROUNDINGS * self.rounding
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,12 @@ class Parity:
 
     @property
     def bad_parameters(self) -> list[ParameterError]:
-        return [p for p in self.parameters if p.gradient > BACKWARD_BOUND]
+        return [p for p in self.parameters if p.differs]
+
+    @property
+    def mostly_rounding(self) -> list[ParameterError]:
+        """Parameters beyond the bound in fp32 that agree in float64."""
+        return [p for p in self.parameters if p.gradient > BACKWARD_BOUND and not p.differs]
 
     @property
     def holds(self) -> bool:
@@ -121,9 +147,9 @@ class _Seen:
 def check_parity(folder: Path, lengths: Sequence[int], seed: int = 0, ops: str = "auto") -> Parity:
     """Compare on documents of random tokens of the given lengths.
 
-    FP8 and FP4 are written out in FP32 meanwhile, in a temporary folder, for transformers. Raises CheckpointError
-    on a folder that cannot be read, or when the disk refuses; ConfigError without transformers or when memory does
-    not suffice.
+    FP8 and FP4 are written out in FP32 meanwhile, in a temporary folder, for transformers. In float64 ours runs
+    the reference operations, which define the others. Raises CheckpointError on a folder that cannot be read, or
+    when the disk refuses; ConfigError without transformers or when memory does not suffice.
     """
     if not lengths or min(lengths) < 1 or max(lengths) < 2:
         raise ConfigError(f"documents of {list(lengths)} tokens predict nothing; give one of 2 or more")
@@ -139,14 +165,21 @@ def check_parity(folder: Path, lengths: Sequence[int], seed: int = 0, ops: str =
     documents = [torch.randint(config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     with _readable(folder) as plain:
         theirs, their_loss, their_gradients = _transformers(plain, documents)
-    ours, our_loss, our_gradients = _ours(load_model(folder, ops=ops), documents)
-    return Parity(
-        num_tokens=sum(lengths),
-        modules=[_module_error(name, ours, theirs) for name in theirs.outputs],
-        parameters=_parameter_errors(our_gradients, their_gradients),
-        decoded=plain != folder,
-        loss=(our_loss, their_loss),
-    )
+        ours, our_loss, our_gradients = _ours(load_model(folder, ops=ops), documents)
+        found = Parity(
+            num_tokens=sum(lengths),
+            modules=[_module_error(name, ours, theirs) for name in theirs.outputs],
+            parameters=[
+                ParameterError(name, error) for name, error in _errors(our_gradients, their_gradients).items()
+            ],
+            decoded=plain != folder,
+            loss=(our_loss, their_loss),
+        )
+        del theirs, ours, our_gradients
+        if found.first_forward is None and found.first_backward is None and found.bad_parameters:
+            again = _in_float64(found.parameters, folder, plain, documents, their_gradients)
+            found = replace(found, parameters=again)
+    return found
 
 
 def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,7 +221,50 @@ def _readable(folder: Path) -> Iterator[Path]:
             yield plain
 
 
-def _transformers(folder: Path, documents: list[list[int]]) -> tuple[_Seen, float, dict[str, Tensor | None]]:
+def _in_float64(
+    found: Sequence[ParameterError],
+    folder: Path,
+    plain: Path,
+    documents: list[list[int]],
+    their_gradients: dict[str, Tensor],
+) -> list[ParameterError]:
+    """The same errors, beside those of both models in float64; `their_gradients` are transformers' in fp32."""
+    needed = _BYTES_IN_FLOAT64 * DeepSeekV4Config.from_file(folder).num_parameters(mtp=True)
+    require_memory(needed, f"{folder}: gradients that fp32 leaves open, in float64", "use a larger machine")
+    exact = _transformers(plain, documents, torch.float64)[2]
+    model = load_model(folder, compute_dtype=torch.float64, ops="reference").double()
+    errors = _errors(_ours(model, documents)[2], exact)
+    rounding: dict[str, float] = {}
+    for name, gradient in exact.items():
+        module = name.rpartition(".")[0]
+        error = _number(_relative(their_gradients[name].double(), gradient))
+        rounding[module] = max(error, rounding.get(module, 0.0))
+    return [
+        replace(one, in_float64=errors[one.name], rounding=rounding[one.name.rpartition(".")[0]]) for one in found
+    ]
+
+
+class _Wide(TorchFunctionMode):
+    """Within it float64 stays float64: what a model computes in fp32, whatever it computes in, is not rounded."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+def _precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return _Wide() if dtype is torch.float64 else nullcontext()
+
+
+def _transformers(
+    folder: Path, documents: list[list[int]], dtype: torch.dtype = torch.float32
+) -> tuple[_Seen, float, dict[str, Tensor]]:
+    """What its modules gave, its loss, and gradients of the parameters that it trains."""
     try:
         from transformers import DeepseekV4ForCausalLM  # noqa: PLC0415
     except ImportError:
@@ -197,21 +273,23 @@ def _transformers(folder: Path, documents: list[list[int]]) -> tuple[_Seen, floa
             "`pip install transformers==5.23.0`"
         ) from None
     model = DeepseekV4ForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
     )
+    model = model.double() if dtype is torch.float64 else model
     modules: dict[str, nn.Module] = {}
     for i, layer in enumerate(model.model.layers):
         modules |= {f"layers.{i}.attn": layer.self_attn, f"layers.{i}.ffn": layer.mlp, f"layers.{i}": layer}
     losses = []
-    with _watching({**modules, "norm": model.model.norm}) as seen:
+    with _watching({**modules, "norm": model.model.norm}) as seen, _precision(dtype):
         for document in documents:
             tokens = torch.tensor([document])
-            logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+            logits = model(input_ids=tokens, use_cache=False).logits[0].to(dtype)
             seen.keep("head", logits)
             losses.append(F.cross_entropy(logits[:-1], tokens[0, 1:], reduction="sum"))
         total = torch.stack(losses).sum()
         total.backward()
-    return seen, float(total.detach()), {n: p.grad for n, p in model.named_parameters()}
+    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return seen, float(total.detach()), trained
 
 
 def _ours(model: DeepSeekV4, documents: list[list[int]]) -> tuple[_Seen, float, dict[str, Tensor]]:
@@ -221,7 +299,7 @@ def _ours(model: DeepSeekV4, documents: list[list[int]]) -> tuple[_Seen, float, 
         modules |= {f"layers.{i}.attn": layer.attn, f"layers.{i}.ffn": layer.ffn, f"layers.{i}": layer}
     tokens = torch.tensor([t for document in documents for t in document])
     layout = PackedLayout.build([len(d) for d in documents], model.config.ratios)
-    with _watching({**modules, "norm": model.norm}) as seen:
+    with _watching({**modules, "norm": model.norm}) as seen, _precision(model.compute_dtype):
         loss = model(Batch(tokens, torch.ones(len(tokens)), layout), with_losses=False).losses["lm"]
         loss.backward()
     seen.outputs["head"] = model.logits(documents)  # a row's logits are never held in training
@@ -259,14 +337,16 @@ def _module_error(name: str, ours: _Seen, theirs: _Seen) -> ModuleError:
     return ModuleError(name, forward, _number(float((a - b).norm() / b.norm())))
 
 
-def _parameter_errors(ours: dict[str, Tensor], theirs: dict[str, Tensor | None]) -> list[ParameterError]:
+def _errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """By parameter, under transformers' names, how far its gradients are apart."""
     renamed = transformers_names(ours)
-    trained = {name: gradient for name, gradient in theirs.items() if gradient is not None}
-    floor = _NEGLIGIBLE * float(torch.stack([g.norm() for g in trained.values()]).norm())
-    return [
-        ParameterError(name, _number(float((renamed[name] - g).norm() / g.norm().clamp(min=floor))))
-        for name, g in trained.items()
-    ]
+    return {name: _number(_relative(renamed[name], gradient)) for name, gradient in theirs.items()}
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of `b`; 0 without a difference."""
+    apart = float((a - b).norm())
+    return apart and float(apart / b.norm())
 
 
 def _rows(output: Tensor) -> Tensor:

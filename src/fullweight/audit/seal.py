@@ -20,7 +20,7 @@ from typing import Any
 
 from fullweight.audit import verify as _verify  # noqa: F401  (fills RULES)
 from fullweight.audit.claims import sealed_claims
-from fullweight.audit.crate import crate
+from fullweight.audit.crate import crate, spdx
 from fullweight.audit.file_rules import evaluations
 from fullweight.audit.rule import RULES, Finding, apply
 from fullweight.audit.signing import Signer, sign
@@ -63,12 +63,20 @@ class SealedBundle:
 
 
 def seal(
-    run: Path, out: Path, *, signer: Signer | None = None, with_checkpoints: bool = False, ro_crate: bool = False
+    run: Path,
+    out: Path,
+    *,
+    signer: Signer | None = None,
+    with_checkpoints: bool = False,
+    ro_crate: bool = False,
+    licence: str | None = None,
 ) -> SealedBundle:
     """Write the bundle of the run in folder `run` to the new folder `out`; unsigned without a signer.
 
-    Raises FullweightError when the run lacks something, and RefusedError when its ledger cannot be read.
+    `licence` is the SPDX expression that the RO-Crate states. Raises FullweightError when the run lacks something,
+    and RefusedError when its ledger cannot be read.
     """
+    licence = None if licence is None else spdx(licence)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty; choose another --out")
     for name in (MANIFEST, LEDGER, CONFIG, MODEL):
@@ -79,7 +87,7 @@ def seal(
         shutil.rmtree(making)
     making.mkdir(parents=True)
     try:
-        made = _make(run, making, with_checkpoints, ro_crate)
+        made = _make(run, making, with_checkpoints, ro_crate, licence)
         if signer is not None:
             sign(making, signer)
         if out.exists():
@@ -92,7 +100,7 @@ def seal(
 
 
 def _make(
-    run: Path, root: Path, with_checkpoints: bool, ro_crate: bool
+    run: Path, root: Path, with_checkpoints: bool, ro_crate: bool, licence: str | None
 ) -> tuple[tuple[Claim, ...], tuple[Finding, ...]]:
     _copy(run, root)
     if with_checkpoints and (run / "tokenizer").is_dir():  # a replay goes on with the very tokenizer
@@ -111,7 +119,7 @@ def _make(
     claims = sealed_claims(subject, findings)
     _write(root / CLAIMS, [claim.model_dump() for claim in claims])
     if ro_crate:
-        _write(root / CRATE, crate(root, history, str(manifest.get("run")), claims))
+        _write(root / CRATE, crate(root, history, str(manifest.get("run")), claims, licence))
     _list(root, history, str(manifest.get("run")))
     return tuple(claims), tuple(findings)
 

@@ -7,6 +7,7 @@ bundle can show, that nothing else was run, stays a claim that is not checkable.
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from fullweight.audit import beside_rules, chain_rules, coverage_rules, file_rules, number_rules
-from fullweight.audit.claims import Verdict, verdicts
+from fullweight.audit.claims import CLAIMS, Verdict, verdicts
+from fullweight.audit.drawn import CLAIM as REPLAY
 from fullweight.audit.drawn import Replayed, Replaying, taken_again
 from fullweight.audit.rule import RULES, Finding, Status, apply
 from fullweight.audit.signing import Trust, require_signature, signature_problem, signed
 from fullweight.audit.subject import Subject, open_subject
+from fullweight.core.errors import ConfigError
 
 _MODULES = (chain_rules, number_rules, file_rules, beside_rules, coverage_rules)  # importing them fills RULES
+_SIGNATURE, _TOGETHER = "bundle.signature", "bundles.seeds"
+ALL = "all"
 COMPLETENESS = (
     "No evidence shows completeness: that there was no other run, no other data and no discarded attempt. A "
     "signature shows who sealed the bundle and that it is unchanged, not that the run happened; replay of windows "
@@ -82,6 +87,31 @@ def verify_together(roots: Sequence[Path], trust: Trust | None = None) -> list[R
     ]
 
 
+def required(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of claims and rules that must hold; `all` stands for every claim that evidence can show, and the
+    signature. Raises ConfigError on a name that is none of them.
+    """
+    claims = [kind.name for kind in CLAIMS]
+    known = {*claims, REPLAY, _SIGNATURE, _TOGETHER, *(rule.name for rule in RULES)}
+    found: list[str] = []
+    for name in names:
+        if name != ALL and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"there is no claim or rule {name!r}{meant} Claims: {', '.join([*claims, REPLAY])}")
+        found += [kind.name for kind in CLAIMS if kind.basis] + [_SIGNATURE] if name == ALL else [name]
+    return tuple(dict.fromkeys(found))
+
+
+def lacking(report: Report, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Which of the required names do not hold in a report, and why; what was not even stated does not."""
+    found = {one.claim: (one.status, one.told) for one in report.verdicts}
+    found |= {one.rule: (one.status, one.told) for one in report.findings}
+    absent = (Status.not_checkable, "the bundle does not state it, or it was not asked for")
+    judged = [(name, *found.get(name, absent)) for name in names]
+    return [(name, told) for name, status, told in judged if status is not Status.holds]
+
+
 def _report(subject: Subject, trust: Trust, replaying: Replaying | None = None) -> Report:
     findings = [_signature(subject, trust), *apply(RULES, subject)]
     found = verdicts(subject, findings)
@@ -91,7 +121,7 @@ def _report(subject: Subject, trust: Trust, replaying: Replaying | None = None) 
 
 
 def _signature(subject: Subject, trust: Trust) -> Finding:
-    name = "bundle.signature"
+    name = _SIGNATURE
     if not signed(subject.bundle):
         if trust.given:
             return Finding(name, Status.refuted, "a signature was asked for, and the bundle has none")
@@ -107,7 +137,7 @@ def _signature(subject: Subject, trust: Trust) -> Finding:
 
 def _together(subjects: Sequence[Subject]) -> list[Finding]:
     """Runs that are counted as several must be several: ids and seeds are unique."""
-    name = "bundles.seeds"
+    name = _TOGETHER
     seeds = Counter((s.settings[0].train.seed, s.settings[0].data.seed) for s in subjects)
     runs = Counter(s.manifest.run for s in subjects)
     findings = []

@@ -111,11 +111,11 @@ def _sides(runs: list[str], columns: list[str]) -> list[Side]:
 
 
 def _parting(a: Side, b: Side) -> Parting | None:
-    """Where the weights part, when both sides are run folders with checkpoints."""
-    from fullweight.evidence.parting import parting
+    """Where the weights part, when both sides are run folders, or bundles with checkpoints."""
+    from fullweight.evidence.parting import parting, weights_in
 
     folders = [side.curves[0].path / "checkpoints" for side in (a, b)]
-    return parting(folders[0], folders[1]) if all(folder.is_dir() for folder in folders) else None
+    return parting(folders[0], folders[1]) if all(weights_in(folder) for folder in folders) else None
 
 
 def _differences(differences):  # type: ignore[no-untyped-def]

@@ -52,6 +52,9 @@ def parity_command(
     console.print(table)
     worst = max(found.parameters, key=lambda p: p.gradient)
     console.print(Text(f"{len(found.parameters)} parameters, worst gradient {worst.gradient:.1e}: {worst.name}"))
+    if found.mostly_rounding:
+        told = ", ".join(f"{p.name} {p.in_float64 or 0.0:.1e}" for p in found.mostly_rounding)
+        console.print(Text(f"gradients that all but cancel, compared in float64: {told}"))
     if found.decoded:
         console.print(
             Text(f"{checkpoint} is quantised: transformers was given its values in FP32, as we read them")

@@ -20,8 +20,15 @@ def seal_command(
     new_key: Annotated[Path | None, typer.Option(help="make a key here, its public half beside it")] = None,
     with_checkpoints: Annotated[bool, typer.Option(help="put the weights and optimiser states in too")] = False,
     ro_crate: Annotated[bool, typer.Option("--ro-crate", help="describe it for archives (RO-Crate 1.1)")] = False,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="SPDX licence of the bundle, for --ro-crate: CC-BY-4.0, ...")
+    ] = None,
+    packed: Annotated[
+        Path | None, typer.Option("--zip", help="pack the RO-Crate into this new file too (with --ro-crate)")
+    ] = None,
 ) -> None:
     """Gather what a run recorded into a bundle that `fullweight verify` can check, and sign it."""
+    from fullweight.audit.crate import packed as pack
     from fullweight.audit.seal import seal
     from fullweight.audit.signing import Signer
     from fullweight.audit.signing import new_key as make_key
@@ -42,9 +49,22 @@ def seal_command(
         )
     if certificate is not None and key is None:
         raise ConfigError("--certificate needs the private key that belongs to it: give --key")
+    if not ro_crate and (licence is not None or packed is not None):
+        raise ConfigError("--license and --zip are about the RO-Crate: add --ro-crate")
+    if packed is not None and (packed.exists() or not packed.absolute().parent.is_dir()):
+        raise ConfigError(f"--zip takes a new file in a folder that is there, found {packed}")
     signer = None if unsigned else Signer(key, certificate, tuple(chain or ()), sigstore)
-    made = seal(run, out or run / "evidence", signer=signer, with_checkpoints=with_checkpoints, ro_crate=ro_crate)
+    made = seal(
+        run,
+        out or run / "evidence",
+        signer=signer,
+        with_checkpoints=with_checkpoints,
+        ro_crate=ro_crate,
+        licence=licence,
+    )
     _tell(made)
+    if packed is not None:
+        typer.echo(f"packed: {pack(made.root, packed)} (unpack it to verify)")
 
 
 def _tell(made: object) -> None:

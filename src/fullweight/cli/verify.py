@@ -47,20 +47,27 @@ def verify_command(
     chain: Annotated[list[Path] | None, typer.Option(help="trusted certificate; repeatable")] = None,
     identity: Annotated[str | None, typer.Option(help="trusted Sigstore identity (online)")] = None,
     issuer: Annotated[str | None, typer.Option(help="who vouches for --identity")] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="claim or rule that must hold; all: every claim and the signature; repeatable"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything that was found as JSON")] = False,
 ) -> None:
     """Say of every claim whether it holds, is refuted or cannot be checked.
 
     With --replay the recorded configuration is trained under for some steps, in a temporary folder.
 
-    Exit status: 0 nothing refuted, 1 something is, 2 wrong usage, 3 the bundle cannot be read or is refused.
+    Exit status: 0 nothing is refuted and what --require names holds, 1 something is refuted, 2 wrong usage, 3 the
+    bundle cannot be read or is refused, or what --require names cannot be checked. Without --require a claim that
+    cannot be checked leaves the status 0.
     """
     import json
 
     from fullweight.audit.signing import Trust
-    from fullweight.audit.verify import verify, verify_together
+    from fullweight.audit.verify import lacking, required, verify, verify_together
     from fullweight.evidence.bundle import RefusedError
 
+    needed = required(require or [])
     replaying = _asked(replay, beacon, level, boundaries, data_files)
     if (run is not None or data or replaying is not None) and len(bundles) > 1:
         raise typer.BadParameter(f"--run, --data and --replay go with one bundle, found {len(bundles)}")
@@ -85,8 +92,13 @@ def verify_command(
     if page is not None:
         write_pages(page, bundles, reports)
         typer.echo(f"report: {page}", err=as_json)
+    absent = [(report.bundle, name, told) for report in reports for name, told in lacking(report, needed)]
+    for bundle, name, reason in absent:
+        typer.secho(plain(f"{bundle}: required, does not hold: {name}: {reason}").plain, fg="red", err=True)
     if any(report.refuted for report in reports):
         raise typer.Exit(REFUTED)
+    if absent:
+        raise typer.Exit(REFUSED)
 
 
 def _asked(

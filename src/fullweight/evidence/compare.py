@@ -56,7 +56,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds; `low` and `high` bound it at 95 % (Student's t), None with a single run."""
+    """The geometric mean over seeds; `low` and `high` bound it at 95 %.
+
+    They are None with a single run, and where a value is 0, which has no logarithm.
+    """
 
     mean: float
     low: float | None
@@ -152,13 +155,19 @@ def relative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean of the values and, of two or more, its interval by Student's t."""
+    """Geometric mean of positive numbers and, of two or more, its interval by Student's t of the logarithms.
+
+    Times, rates and energies vary by factors. Student's t of the numbers themselves reaches below zero with
+    two or three seeds; of their logarithms it cannot.
+    """
     array = np.asarray(values, dtype=np.float64)
-    mean = float(array.mean())
-    if len(array) < 2:
-        return Interval(mean, None, None, len(array))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
-    return Interval(mean, mean - half, mean + half, len(array))
+    assert (array >= 0).all(), "costs are no negative numbers"
+    if len(array) < 2 or not array.all():
+        return Interval(float(stats.gmean(array)) if len(array) > 1 else float(array[0]), None, None, len(array))
+    logs = np.log(array)
+    middle = float(logs.mean())
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    return Interval(math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(array))
 
 
 def _pair(a: Side, b: Side, tolerance: float, window: int) -> Pair:

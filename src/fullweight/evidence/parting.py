@@ -15,6 +15,7 @@ import torch
 from fullweight.checkpoint import generations
 from fullweight.checkpoint.compare import TensorDifference, compare
 from fullweight.checkpoint.manifest import Facts, verify
+from fullweight.evidence.bundle import LIST
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
 
@@ -40,6 +41,13 @@ class Parting:
         how = first.note or f"relative difference {first.relative:.3g}"
         found = f"at step {self.step}: {len(self.tensors)} tensors differ, the first of them {first.name} ({how})"
         return f"{equal}; {found}" if self.equal_steps else f"weights {found}"
+
+
+def weights_in(folder: Path) -> bool:
+    """Whether a run's folder of checkpoints is there; a bundle's can hold their manifests alone."""
+    if not (folder.parent / LIST).is_file():
+        return folder.is_dir()
+    return any(folder.glob("*/.metadata"))
 
 
 def parting(a: Path, b: Path) -> Parting:

@@ -15,6 +15,7 @@ from tests.unit.audit.forging import Forgery
 
 from fullweight.audit.signing import Trust
 from fullweight.audit.verify import verify
+from fullweight.cli.main import main
 from fullweight.evidence.bundle import MOST_LINE_BYTES, RefusedError
 
 
@@ -160,6 +161,23 @@ def test_verifying_writes_nothing(honest: Honest, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+def test_what_is_required_must_hold(honest: Honest, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be checked leaves the status 0 unless it is required, by the name of a claim or of a rule."""
+    given = ["verify", str(honest.bundle), "--json"]
+    key = ["--public-key", str(honest.public_key)]
+    assert main(given) == 0
+    assert main([*given, "--require", "bundle.signature"]) == 3
+    assert "bundle.signature: it is signed; give the key" in capsys.readouterr().err
+    assert main([*given, *key, "--require", "bundle.signature", "--require", "mfu"]) == 0
+    assert main([*given, *key, "--require", "replay"]) == 3
+    assert main([*given, *key, "--require", "complete"]) == 3
+    assert main([*given, *key, "--require", "all"]) == 3
+    told = capsys.readouterr().err
+    assert "energy-per-token" in told or "full-parameter" in told
+    assert main([*given, "--require", "mfus"]) == 1
+    assert "did you mean mfu?" in capsys.readouterr().err
+
+
 def test_the_command_tells_by_its_status(honest: Honest, tmp_path: Path) -> None:
     """0 holds, 1 refuted, 2 usage, 3 refused; what a stranger wrote cannot steer the terminal."""
     held = fullweight("verify", honest.bundle, "--public-key", honest.public_key, "--json")
@@ -174,6 +192,12 @@ def test_the_command_tells_by_its_status(honest: Honest, tmp_path: Path) -> None
     assert refuted.statuses == (1,)
     assert "\x1b" not in refuted.output
     assert "REFUTED" in refuted.output
+
+    (forgery.root / "claims.json").write_text("[]")
+    forgery.relist()
+    for needed, status in (([], 0), (["--require", "steps"], 3), (["--require", "all"], 3)):
+        told = fullweight("verify", forgery.root, *needed)
+        assert told.statuses == (status,), told.output
 
     _version(forgery.root)
     refused = fullweight("verify", forgery.root)

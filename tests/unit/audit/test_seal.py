@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from fullweight.audit.rule import Status
 from fullweight.audit.seal import seal
 from fullweight.audit.signing import Signer, Trust, new_key
 from fullweight.audit.verify import verify
+from fullweight.cli.main import main
 from fullweight.core.errors import ConfigError, FullweightError
 
 
@@ -66,6 +69,60 @@ def test_the_crate_names_every_file(honest: Honest) -> None:
     assert files == (listed.keys() | {"bundle.json"}) - {"ro-crate-metadata.json"}
     assert all(entities[n]["sha256"] == listed[n]["sha256"] for n in files - {"bundle.json"})
     assert {part["@id"] for part in entities["./"]["hasPart"]} == files
+
+
+def _crate_problems(folder: Path) -> list[str]:
+    """What of RO-Crate 1.1 a folder breaks: its MUSTs for metadata, root, data entities and flat JSON-LD."""
+    document = json.loads((folder / "ro-crate-metadata.json").read_text())
+    graph = document["@graph"]
+    entities = {entity["@id"]: entity for entity in graph}
+    context = document["@context"]
+    problems = [] if "https://w3id.org/ro/crate/1.1/context" in context else ["context"]
+    problems += [] if len(entities) == len(graph) else ["an @id is used twice"]
+    problems += [f"{e['@id']} has no type" for e in graph if not e.get("@type")]
+    about = {"@type": "CreativeWork", "about": {"@id": "./"}}
+    about["conformsTo"] = {"@id": "https://w3id.org/ro/crate/1.1"}
+    problems += [] if about.items() <= entities["ro-crate-metadata.json"].items() else ["metadata entity"]
+    root = entities["./"]
+    problems += [] if root["@type"] == "Dataset" else ["root type"]
+    problems += [
+        f"root has no {n}" for n in ("name", "description", "datePublished", "license") if not root.get(n)
+    ]
+    datetime.fromisoformat(root["datePublished"])
+    parts = {part["@id"] for part in root["hasPart"]}
+    for name, entity in entities.items():
+        if entity["@type"] == "File":
+            problems += [] if name in parts else [f"{name} is no part of the root"]
+            problems += [] if (folder / name).is_file() and ".." not in name else [f"{name} is not there"]
+        for key, value in entity.items():
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, dict) and set(one) != {"@id"}:
+                    problems.append(f"{name}.{key} is nested")
+                elif isinstance(one, dict) and one["@id"] not in entities and not key.startswith("conformsTo"):
+                    problems.append(f"{name}.{key} leads to {one['@id']}, which is not described")
+    licence = entities[root["license"]["@id"]]
+    return problems + [f"licence has no {n}" for n in ("name", "description") if not licence.get(n)]
+
+
+def test_the_crate_is_one_by_its_specification(honest: Honest, tmp_path: Path) -> None:
+    """Required properties of RO-Crate 1.1 are there, with a licence, without one, and out of the ZIP file."""
+    assert _crate_problems(honest.bundle) == []
+    root = json.loads((honest.bundle / "ro-crate-metadata.json").read_text())["@graph"]
+    assert "no licence stated" in [entity.get("name") for entity in root]
+    given = ["seal", str(honest.run), "--out", str(tmp_path / "bundle"), "--unsigned"]
+    packed = ["--ro-crate", "--license", "cc-by-4.0", "--zip", str(tmp_path / "bundle.zip")]
+    assert main([*given, "--zip", str(tmp_path / "bundle.zip")]) == 1, "a crate was not asked for"
+    assert main([*given, "--ro-crate", "--license", "my own"]) == 1
+    assert not (tmp_path / "bundle").exists()
+    assert main([*given, *packed]) == 0
+    with zipfile.ZipFile(tmp_path / "bundle.zip") as archive:
+        assert archive.testzip() is None
+        archive.extractall(tmp_path / "unpacked")
+    assert _crate_problems(tmp_path / "unpacked") == []
+    graph = json.loads((tmp_path / "unpacked" / "ro-crate-metadata.json").read_text())["@graph"]
+    [root] = [entity for entity in graph if entity["@id"] == "./"]
+    assert root["license"] == {"@id": "https://spdx.org/licenses/CC-BY-4.0"}
+    assert not verify(tmp_path / "unpacked").refuted
 
 
 def test_a_key_is_kept_from_others_and_never_overwritten(tmp_path: Path) -> None:

@@ -107,13 +107,32 @@ def test_only_common_steps_are_compared(run: Write, tmp_path: Path) -> None:
         compare(_sides([tmp_path / "other.csv"], [tmp_path / "late.csv"]))
 
 
-def test_the_interval_over_seeds_is_students() -> None:
-    found = interval([1.0, 2.0, 3.0])
+def test_the_interval_over_seeds_is_students_of_the_logarithms() -> None:
+    found = interval([1.0, math.e, math.e**2])
     half = 4.302652729911275 / math.sqrt(3)  # t of 97.5 % and 2 degrees of freedom, from a table; deviation 1
-    assert (found.mean, found.num_runs) == (2.0, 3)
-    assert found.low == pytest.approx(2 - half)
-    assert found.high == pytest.approx(2 + half)
-    assert interval([5.0]).low is None
+    assert (found.mean, found.num_runs) == (pytest.approx(math.e), 3)
+    assert found.low == pytest.approx(math.exp(1 - half))
+    assert found.high == pytest.approx(math.exp(1 + half))
+    one = interval([5.0])
+    assert (one.mean, one.low, one.high) == (5.0, None, None)
+    assert interval([0.0, 7.0]).low is None, "the target was there at once in a run, which has no logarithm"
+
+
+@pytest.mark.parametrize("values", [[3.0, 9.0], [100.0, 101.0, 250.0], [0.2, 0.2, 0.2], [1e-9, 1.0, 1e9, 4.0]])
+def test_the_interval_of_a_positive_number_is_scipys_and_positive(values: list[float]) -> None:
+    """Student's t of the numbers themselves would reach below zero for the first, the second and the last."""
+    from scipy import stats
+
+    found, logs = interval(values), np.log(values)
+    assert found.mean == pytest.approx(stats.gmean(values))
+    if np.ptp(logs) == 0:
+        assert found.low == found.mean == found.high
+        return
+    low, high = np.exp(stats.ttest_1samp(logs, 0.0).confidence_interval(0.95))
+    assert found.low is not None
+    assert found.high is not None
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert 0 < found.low < found.mean < found.high
 
 
 @pytest.mark.parametrize(
