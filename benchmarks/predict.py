@@ -17,9 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fullweight.planner.answer import CONVENTION, interval
 from fullweight.planner.chips import chip
 from fullweight.planner.coefficients import calibration
-from fullweight.planner.report import CONVENTION, interval
 from fullweight.planner.search import Planner, Request, mfu
 from fullweight.train.config import RunConfig
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.browser import probed
 from tests.processes import fullweight
 
 from fullweight.cli.main import main
@@ -116,42 +114,19 @@ def test_what_has_no_report(
     assert not (tmp_path / "page.html").exists()
 
 
-_PROBE = """<script>addEventListener("load", () => setTimeout(() => {
-  const plots = [...document.querySelectorAll(".plotly-graph-div")];
+_PROBE = """
   const last = plots.find(p => p.dataset.run === "run1");
   last.emit("plotly_click", {points: [{customdata: 3, data: {}}]});
   const found = plots.map(p => ({run: p.dataset.run, drawn: p.querySelectorAll(".main-svg").length,
     traces: p.data.map(t => ({name: t.name, x: t.x, y: t.y, lines: t.customdata}))}));
-  const pre = document.createElement("pre");
-  pre.id = "probe";
-  pre.textContent = JSON.stringify({found, behind: document.getElementById("behind").textContent});
-  document.body.append(pre);
-}, 500))</script>"""
+  return {found, behind: document.getElementById("behind").textContent};"""
 
 
 @pytest.mark.browser
 def test_in_a_browser_it_loads_without_errors_and_draws_the_ledgers_numbers(
     page: str, run: Path, tmp_path: Path
 ) -> None:
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.replace("</body>", _PROBE + "</body>"), encoding="utf-8")
-    done = subprocess.run(
-        [
-            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=20000"),
-            *("--dump-dom", probed.as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stderr[-2000:]
-    probe: dict[str, Any] = json.loads(unescape(found[1]))
+    probe = probed(page, _PROBE, tmp_path)
     assert all(plot["drawn"] for plot in probe["found"])
     expected = record(run)["steps"]
     for group in ("run0", "run1"):

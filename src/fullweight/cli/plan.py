@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullweight.cli.report import require_folder
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,31 +36,35 @@ def plan_command(
     checkpoint_seconds: Annotated[float, typer.Option(min=0.1, help="that a checkpoint stops training")] = 60.0,
     restart_seconds: Annotated[float, typer.Option(min=0, help="from an interruption to the next step")] = 600.0,
     compare: Annotated[list[str] | None, typer.Option(help="another cluster, chip:chips; may be repeated")] = None,
-    sweep: Annotated[str | None, typer.Option(help="chips=..., sequence=... or model=..., commas between")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="chips=..., sequence=... or model=..., commas between")
+    ] = None,
     chip_file: Annotated[Path | None, typer.Option(help="chips and clusters of your own (TOML)")] = None,
-    emit: Annotated[Path | None, typer.Option(help="write the first layout that is not tight as a recipe")] = None,
+    emit: Annotated[Path | None, typer.Option(help="write the first layout not tight as a new recipe")] = None,
     count: Annotated[int, typer.Option(min=1, max=50, help="layouts shown")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write everything here")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="write a page with pictures here")] = None,
 ) -> None:
     """The fastest layouts that fit, with memory, time, cost, reasons against their neighbours, and reliability.
 
-    Exits with 2 when none fits. A projection: nothing runs.
+    Exits with 2 when none fits, of any job. A projection: nothing runs.
     """
     from rich.console import Console
 
+    from fullweight.planner.answer import Answer, Money, describe
     from fullweight.planner.explain import FAILURES_PER_DEVICE_HOUR
     from fullweight.planner.recipe import recipe_text
-    from fullweight.planner.report import Money, describe, print_comparison, print_plan
+    from fullweight.planner.report import print_comparison, print_plan
     from fullweight.planner.search import Planner
 
     if method != "sft":
         raise ConfigError(
             f"--method {method!r} is not planned yet; use sft (continued pre-training costs the same)"
         )
-    for file in (emit, json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+    _check_outputs(emit, json_file, html_file)
+    if sweep and (compare or emit):
+        other = "--compare" if compare else "--emit"
+        raise ConfigError(f"--sweep and {other} do not go together; leave one of them out")
     rate = FAILURES_PER_DEVICE_HOUR if failure_rate is None else failure_rate
     money = Money(steps, price, price_kwh, rate, checkpoint_seconds, restart_seconds)
 
@@ -68,30 +74,42 @@ def plan_command(
 
     console = Console(width=max(Console().width, 120))
     requests = [asked(), *(asked(chip=name, chips=number) for name, number in map(_cluster, compare or ()))]
-    if sweep is not None:
+    if sweep:
         requests = [asked(**changes) for changes in _swept(sweep)]
     answers = []
     for request in requests:
         planner = Planner(request)
-        plan = planner.search(count)
-        answers.append((planner, plan))
+        answers.append(Answer(planner, planner.search(count), money))
     if len(answers) == 1:
-        print_plan(console, *answers[0], money)
+        print_plan(console, answers[0])
     else:
-        print_comparison(console, answers, money)
-    record = [describe(planner, plan, money) for planner, plan in answers]
+        print_comparison(console, answers)
+    record = [describe(answer) for answer in answers] if json_file or html_file else []
     if json_file is not None:
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if html_file is not None:
         from fullweight.planner.page import write_page
 
         write_page(record, html_file)
-    first = answers[0][1]
+    first = answers[0].plan
     if emit is not None and first.best:
         emit.write_text(recipe_text(first.request, first.chosen), encoding="utf-8")
         console.print(f"wrote {emit}: set its data.sources, then rehearse and train", highlight=False)
-    if not first.best:
+    if not any(answer.plan.best for answer in answers):
         raise typer.Exit(2)
+
+
+def _check_outputs(emit: Path | None, *others: Path | None) -> None:
+    """Before a search: each has a folder, and a recipe, which people edit, is never written over."""
+    for file in (emit, *others):
+        if file is not None:
+            require_folder(file)
+    if emit is not None and emit.exists():
+        raise ConfigError(f"--emit {emit} is there already; remove it or choose another name")
+
+
+_MOST_RANKS, _MOST_ROWS = 2**17, 2**18
+"""Far above any cluster and batch that was told of; the search tries each divisor."""
 
 
 def _request(
@@ -109,10 +127,15 @@ def _request(
     from fullweight.planner.chips import chip as find_chip
     from fullweight.planner.search import Request
 
+    if not math.isfinite(skew):
+        raise ConfigError(f"--skew {skew}: expected the load of the fullest expert rank over the mean, 1 or more")
+    if global_batch > _MOST_ROWS:
+        raise ConfigError(f"--global-batch {global_batch}: at most {_MOST_ROWS:,} rows a step are planned")
     if optimizer not in ("adamw", "muon"):
         raise ConfigError(f"--optimizer {optimizer!r}: expected adamw or muon")
     preset = model.removeprefix("deepseek-v4-")
-    if preset in PRESETS or not Path(model).exists():
+    named = Path(model)
+    if preset in PRESETS or not (named.exists() or len(named.parts) > 1 or named.suffix):
         config = DeepSeekV4Config.preset(preset)
     else:
         config = _config_of(Path(model))
@@ -122,7 +145,11 @@ def _request(
             f"({config.max_position_embeddings}); lower it"
         )
     device = find_chip(chip, chip_file)
-    return Request(model, config, device, chips * device.dies_per_chip, sequence, global_batch, optimizer, skew)
+    ranks = chips * device.dies_per_chip
+    if ranks > _MOST_RANKS:
+        most = _MOST_RANKS // device.dies_per_chip
+        raise ConfigError(f"{chips} chips of {device.name}: at most {most:,} are planned; give fewer")
+    return Request(model, config, device, ranks, sequence, global_batch, optimizer, skew)
 
 
 def _config_of(file: Path) -> DeepSeekV4Config:
@@ -146,18 +173,25 @@ def _config_of(file: Path) -> DeepSeekV4Config:
 
 def _cluster(text: str) -> tuple[str, int]:
     name, _, number = text.rpartition(":")
-    if not name or not number.isdigit() or int(number) < 1:
+    if not name or not number.isdecimal() or int(number) < 1:
         raise ConfigError(f"--compare {text!r}: expected a chip and a number of chips, such as h100:1024")
     return name, int(number)
 
 
-def _swept(text: str) -> list[dict[str, Any]]:
+def _swept(sweeps: list[str]) -> list[dict[str, Any]]:
+    """The changes of each job: the values of one sweep, in the order given."""
+    if len(sweeps) > 1:
+        raise ConfigError(f"{len(sweeps)} sweeps; one goes through values of one thing: leave the others out")
+    text = sweeps[0]
     key, _, values = text.partition("=")
-    chosen = [value for value in values.split(",") if value]
+    chosen = [value for value in map(str.strip, values.split(",")) if value]
     if key not in ("chips", "sequence", "model") or not chosen:
         raise ConfigError(f"--sweep {text!r}: expected chips=..., sequence=... or model=..., with commas between")
-    if key == "model":
-        return [{key: value} for value in chosen]
-    if not all(value.isdigit() and int(value) > 0 for value in chosen):
+    if key != "model" and not all(value.isdecimal() and int(value) > 0 for value in chosen):
         raise ConfigError(f"--sweep {text!r}: {key} takes whole numbers above 0")
-    return [{key: int(value)} for value in chosen]
+    found: list[dict[str, Any]] = [{key: value if key == "model" else int(value)} for value in chosen]
+    if len(found) == 1:
+        raise ConfigError(f"--sweep {text!r} has one value; give more, or plan it without --sweep")
+    if any(one in found[:place] for place, one in enumerate(found)):
+        raise ConfigError(f"--sweep {text!r} names a value twice; name each once")
+    return found

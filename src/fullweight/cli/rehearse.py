@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fullweight.core.errors import ConfigError
+from fullweight.cli.report import require_folder
 
 
 def rehearse_command(
@@ -25,7 +25,9 @@ def rehearse_command(
     micro_batches: Annotated[
         int | None, typer.Option(min=1, help="rows traced of a step; enough for the peak when absent")
     ] = None,
-    device: Annotated[str, typer.Option(help="whose tensors, without data; its library must be there")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="whose tensors, without data: cpu or ascend; its library must be there")
+    ] = "cpu",
     operations: Annotated[
         str | None, typer.Option("--ops", help="operations that are traced, as ops.default; those of the device")
     ] = None,
@@ -44,14 +46,14 @@ def rehearse_command(
 
     from fullweight.planner.chips import chip as find_chip
     from fullweight.rehearse.fake import device_of
-    from fullweight.rehearse.report import exchange_table, memory_table, write_page
+    from fullweight.rehearse.report import exchange_table, memory_table, operations_note, write_page
     from fullweight.rehearse.routing import Routing
     from fullweight.rehearse.run import chosen_roles, rehearse
     from fullweight.train.config import RunConfig
 
     for file in (json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+        if file is not None:
+            require_folder(file)
     chosen = [] if operations is None else [f"ops.default={operations}"]
     config = RunConfig.from_toml(recipe, [*(overrides or []), *chosen])
     found = find_chip(chip)
@@ -75,6 +77,7 @@ def rehearse_command(
     console = Console()
     console.print(memory_table(rehearsal))
     console.print(exchange_table(rehearsal))
+    console.print(operations_note(rehearsal), highlight=False, markup=False)
     if json_file is not None:
         json_file.write_text(json.dumps(rehearsal.as_dict(), indent=2) + "\n", encoding="utf-8")
     if html_file is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,9 +45,13 @@ def report_command(
 
 
 def require_folder(file: Path) -> None:
-    """Raise ConfigError when there is no folder to write the file in."""
+    """Raise ConfigError when there is no folder to write the file in, or the file is a folder."""
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file to write")
+    if not os.access(file.absolute().parent, os.W_OK):
+        raise ConfigError(f"{file.absolute().parent} cannot be written to; choose another folder for {file.name}")
 
 
 def write_pages(out: Path, roots: Sequence[Path], reports: Sequence[Report | None]) -> list[dict[str, Any]]:

@@ -92,10 +92,10 @@ def _toml_value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text  # several lines are a string, not more keys
 
 
-def nearest(name: str, valid: Sequence[str]) -> str:
-    """' (did you mean ...?)' for the closest valid name, or the list of valid names."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(sorted(valid))}"
+def nearest(name: str, valid: Sequence[str], most: int = 1) -> str:
+    """'did you mean ...?' for the closest valid names, `most` of them, or the list of valid names."""
+    close = difflib.get_close_matches(name, valid, n=most, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(sorted(valid))}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

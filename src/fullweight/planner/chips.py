@@ -84,7 +84,7 @@ def chip(name: str, extra: Path | None = None) -> Chip:
     table = _table(extra)
     names = {alias: key for key, entry in table.items() for alias in (key, *entry.get("aliases", ()))}
     if name not in names:
-        raise ConfigError(f"unknown chip {name!r}; {nearest(name, list(names))}")
+        raise ConfigError(f"unknown chip {name!r}; {nearest(name, list(names), 3)}")
     source = "chips.toml" if extra is None else str(extra)
     return _resolved(names[name], table, source)
 

@@ -22,7 +22,7 @@ from functools import cache
 from fullweight.planner.job import Job
 from fullweight.planner.topology import expert_routes, near_ranks
 
-_PASSES = {"none": 3.0, "selective": 3.25, "full": 4.0}
+PASSES = {"none": 3.0, "selective": 3.25, "full": 4.0}
 """Forward passes' worth of matrix products in a step; selective makes a part of a block again."""
 _TRAFFIC = {"none": 3.0, "selective": 3.4, "full": 4.0}
 
@@ -109,7 +109,7 @@ def parts_of(job: Job) -> Parts:
     peak16, peak = chip.peaks["bf16"] * 1e12, chip.peaks[job.precision] * 1e12
     bandwidth = chip.memory_bandwidth * 1e9
     tokens = job.tokens / job.data / (job.tensor * job.context)  # of a step through one rank's stage
-    passes = _PASSES[job.recompute]
+    passes = PASSES[job.recompute]
     per_rank = tokens / job.pipeline * _imbalance(job)
     gemm = per_rank * work.gemm_flops * passes / peak
     experts = per_rank * work.expert_flops * passes / peak * job.expert_skew
@@ -153,7 +153,7 @@ _WIDE_HEAD = 128
 def _attention_flops(job: Job, tokens: float) -> float:
     """Backward makes the scores again: 2.5 times forward; recomputation of whole blocks adds one more pass."""
     slowed = max(1.0, _WIDE_HEAD / job.work.head_dim)
-    return tokens * job.work.attention_flops * slowed * (_PASSES[job.recompute] + 0.5)
+    return tokens * job.work.attention_flops * slowed * (PASSES[job.recompute] + 0.5)
 
 
 def _activation_bytes(job: Job, tokens: float, layers: float) -> float:

@@ -1,14 +1,15 @@
 """Why a layout and not its neighbours, what would move it, and how reliable a run of it is: in words and numbers.
 
 A neighbour differs from the best layout in one setting. It is illegal (the configuration says why), does not fit
-(the stage that holds most, its largest category and what would help), or is slower (the part of the step that grew
-most). Imports no torch.
+(the stage that holds most, its largest category, and which single changes of it do fit, each counted), or is
+slower (the part of the step that grew most). Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from math import sqrt
 
 from fullweight.core.errors import ConfigError
@@ -22,16 +23,43 @@ from fullweight.planner.search import Candidate, Planner
 from fullweight.planner.topology import placements
 
 _GIB = 2**30
+_ALIKE = 5e-4
+"""Share of the step's time below which two layouts are as fast."""
 FAILURES_PER_DEVICE_HOUR = 419 / (54 * 24 * 16384)
 """Unexpected interruptions of the Llama-3 405B run: 419 in 54 days on 16,384 H100."""
 
 
+WORDS = {
+    "compute": "matrix products",
+    "memory_bound": "memory-bound operations",
+    "launch": "launches by the host",
+    "tensor": "tensor exchange",
+    "context": "context exchange",
+    "expert": "expert exchange",
+    "data": "gathering weights and reducing gradients",
+    "pipeline": "messages between stages",
+    "bubble": "pipeline bubble",
+    "optimizer": "optimizer",
+    "host": "moments to and from the host",
+    "expert load": "uneven expert load",
+}
+"""The parts of a step for a reader."""
+
+
 @dataclass(frozen=True)
 class Neighbour:
-    """One change of the best layout: `reason` says why it is not chosen."""
+    """One change of the best layout: `reason` says why it is not chosen.
+
+    `kind`: "illegal", "does not fit", "slower", "as fast", or "faster" where a size lies outside of the search.
+    Seconds of a step and bytes of the fullest rank are None for what is illegal.
+    """
 
     change: str
     reason: str
+    kind: str
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    usable_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +96,26 @@ def neighbours(planner: Planner, best: Candidate) -> list[Neighbour]:
         try:
             other = planner.evaluated(parallel, documents)
         except ConfigError as error:
-            found.append(Neighbour(change, str(error)))
+            found.append(Neighbour(change, str(error), "illegal"))
             continue
-        found.append(Neighbour(change, _memory_reason(other) if not other.fits else _time_reason(best, other)))
+        if not other.fits:
+            kind, reason = "does not fit", _memory_reason(planner, best, other)
+        else:
+            kind, reason = _time_reason(best, other)
+        found.append(Neighbour(change, reason, kind, other.seconds, other.fullest.peak, other.usable))
     return found
+
+
+def more_memory(best: Candidate, found: Sequence[Neighbour]) -> list[Effect]:
+    """Neighbours that beat the best, and fit with up to twice the memory."""
+    effects = []
+    for one in found:
+        if one.kind != "does not fit" or one.seconds is None or one.peak_bytes is None or one.usable_bytes is None:
+            continue
+        change, lacking = one.seconds / best.seconds - 1, one.peak_bytes - one.usable_bytes
+        if change < -_ALIKE and lacking <= one.usable_bytes:
+            effects.append(Effect(f"{lacking / _GIB:.1f} GiB more a rank, for {one.change}", change))
+    return effects
 
 
 def _changes(best: Candidate) -> Iterator[tuple[str, ParallelConfig, int]]:
@@ -81,7 +125,7 @@ def _changes(best: Candidate) -> Iterator[tuple[str, ParallelConfig, int]]:
         yield change, parallel.model_copy(update=changes), documents
     for number in (2 * documents, documents // 2):
         if number:
-            yield f"{number} documents in a row", parallel, number
+            yield f"{number} document{'s' if number > 1 else ''} in a row", parallel, number
 
 
 def _one_setting(parallel: ParallelConfig) -> Iterator[tuple[str, dict[str, object]]]:
@@ -123,7 +167,7 @@ def _other_schedules(parallel: ParallelConfig) -> Iterator[tuple[str, dict[str, 
         yield "stages cut by cost", {"stage_layers": ()}
 
 
-def _memory_reason(other: Candidate) -> str:
+def _memory_reason(planner: Planner, best: Candidate, other: Candidate) -> str:
     stage = other.fullest
     category, size = max(stage.by_category().items(), key=lambda item: item[1])
     where = f"stage {stage.stage}" if other.layout.pipeline > 1 else "each rank"
@@ -131,31 +175,63 @@ def _memory_reason(other: Candidate) -> str:
         f"{where} holds {stage.peak / _GIB:.1f} of {other.usable / _GIB:.1f} GiB; the most are {category} "
         f"({size / _GIB:.1f} GiB)"
     )
-    advice = []
     if stage.routed_state > 0.4 * stage.peak:
         copies = other.layout.expert_shard
         text += (
             f", and {stage.routed_state / _GIB:.1f} GiB are fp32 state of routed experts, each on {copies} rank(s)"
         )
-        advice.append("a larger expert axis")
-    if category == "activations":
-        advice.append("more recomputation, or more tensor or context ranks")
-    if category in ("gathered", "communication"):
-        advice.append("fewer layers a stage, or reshard_after micro_batch with 1f1b")
-    if not other.parallel.offload_optimizer:
-        advice.append("moments in host memory")
-    return text + (f"; what helps: {', '.join(advice)}" if advice else "")
+    fitting = list(islice(_fitting(planner, best, other), 3))
+    return (
+        f"{text}; {' or '.join(fitting)} would fit" if fitting else f"{text}; no other single change makes it fit"
+    )
 
 
-def _time_reason(best: Candidate, other: Candidate) -> str:
+def _fitting(planner: Planner, best: Candidate, other: Candidate) -> Iterator[str]:
+    """Single changes with which a layout fits, but for the one that leads back to the best."""
+    parallel, documents = other.parallel, other.documents
+    changes: list[tuple[str, dict[str, object], int]] = [
+        ("moments in host memory", {"offload_optimizer": True}, documents),
+        ("recompute selective", {"recompute": "selective"}, documents),
+        ("recompute full", {"recompute": "full"}, documents),
+        (f"expert {2 * parallel.expert}", {"expert": 2 * parallel.expert}, documents),
+        (f"tensor {2 * parallel.tensor}", {"tensor": 2 * parallel.tensor}, documents),
+        (f"context {2 * parallel.context}", {"context": 2 * parallel.context}, documents),
+        ("weights shed each pass", {"reshard_after": "micro_batch"}, documents),
+        (f"{documents // 2} in a row", {}, documents // 2),
+    ]
+    for words, change, number in changes:
+        changed = parallel.model_copy(update=change)
+        same = changed == parallel and number == documents
+        if not number or same or (changed == best.parallel and number == best.documents):
+            continue
+        try:
+            layout = planner.layout(changed, number)
+        except ConfigError:
+            continue
+        if _fits(planner, planner.timed(changed, layout, number)):
+            yield words
+
+
+def _fits(planner: Planner, candidate: Candidate) -> bool:
+    """Whether every rank fits, counted up to the first that does not."""
+    usable = planner.usable(candidate.layout)
+    return all(stage.peak <= usable for stage in planner.ranks(candidate))
+
+
+def _time_reason(best: Candidate, other: Candidate) -> tuple[str, str]:
+    """(kind, in words)."""
     change = other.seconds / best.seconds - 1
     before, after = asdict(best.time), asdict(other.time)
     part = max(after, key=lambda name: after[name] - before[name])
     grown = after[part] - before[part]
-    if change <= 0:
-        return f"fits and is {-change:.1%} faster by the model, outside of the sizes that were searched"
-    words = f"{change:.1%} slower: {part.replace('_', ' ')} {before[part]:.2f} -> {after[part]:.2f} s"
-    return words if grown > 0 else f"{change:.1%} slower"
+    if abs(change) <= _ALIKE:
+        sizes = f"{other.fullest.peak / _GIB:.1f} GiB where this one holds {best.fullest.peak / _GIB:.1f}"
+        return "as fast", f"as fast by the model, and holds {sizes}"
+    if change < 0:
+        return "faster", f"fits and is {-change:.1%} faster by the model, outside of the sizes that were searched"
+    grew = f": {WORDS[part]} {before[part]:.2f} -> {after[part]:.2f} s" if grown > 0 else ""
+    unknown = " (its bubble is UNKNOWN)" if other.job.overlapped_bubble else ""
+    return "slower", f"{change:.1%} slower{grew}{unknown}"
 
 
 def sensitivity(best: Candidate) -> list[Effect]:
@@ -169,14 +245,16 @@ def sensitivity(best: Candidate) -> list[Effect]:
     def effect(what: str, changed: Job, work: float = 1.0) -> Effect:
         return Effect(what, seconds(changed) / best.seconds / work - 1)
 
-    faster = replace(coefficients, gemm=min(1.1 * coefficients.gemm, 1.0))
+    parts = parts_of(job)
+    products = ("gemm16", "gemm8", "gemm4", "expert16", "expert8", "expert4")
+    faster = replace(parts, **{name: getattr(parts, name) / 1.1 for name in products})
     effects = [
         effect("fast links twice as fast", replace(job, chip=_links(job.chip, fast=2.0, far=1.0))),
         effect("scale-out links twice as fast", replace(job, chip=_links(job.chip, fast=1.0, far=2.0))),
         effect("memory bandwidth twice as high", replace(job, chip=_bandwidth(job.chip))),
         effect("twice the rows a step (time a row)", batch, 2.0),
         effect("expert load 1.5 times the mean", replace(job, expert_skew=1.5)),
-        Effect("matrix products 10 % faster", step_time(parts_of(job), faster).total / best.seconds - 1),
+        Effect("matrix products 10 % faster", step_time(faster, coefficients).total / best.seconds - 1),
     ]
     return sorted(effects, key=lambda e: -abs(e.change))
 
@@ -218,11 +296,7 @@ def reliability(best: Candidate, rate: float, checkpoint_seconds: float, restart
 def unknowns(best: Candidate) -> list[str]:
     """What the plan rests on without a measurement or a statement."""
     chip, job = best.job.chip, best.job
-    found = [
-        f"{term.name.replace('_', ' ')}: {term.basis}"
-        for term in terms(job, best.time)
-        if term.status == "UNKNOWN"
-    ]
+    found = [f"{WORDS[term.name]}: {term.basis}" for term in terms(job, best.time) if term.status == "UNKNOWN"]
     used = {f"links.{chip.links.index(p.link)}." for p in placements(job)}
     found += [
         f"chip {name}: {provenance.source}"

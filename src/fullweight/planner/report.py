@@ -1,132 +1,24 @@
-"""A plan in tables, and as plain data for JSON. Imports no torch."""
+"""A plan in tables and bars on a terminal. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from fullweight.planner import basis
-from fullweight.planner.explain import neighbours, reliability, sensitivity, unknowns
-from fullweight.planner.search import Candidate, Plan, Planner, Request, easy_batches, mfu
+from fullweight.planner.answer import CONVENTION, Answer, figures, interval, name_of
+from fullweight.planner.explain import WORDS, unknowns
+from fullweight.planner.search import Candidate, Plan, easy_batches
 from fullweight.planner.topology import placements
 
 _GIB = 2**30
-CONVENTION = (
-    "MFU: exact sparse model FLOPs of forward and backward (recomputation and padding excluded) over the dense "
-    "BF16 peak of all ranks"
-)
 
 
-@dataclass(frozen=True)
-class Money:
-    """What turns a step into a run, a bill and its losses."""
-
-    steps: int | None
-    price: float | None  # of a chip for an hour
-    price_kwh: float | None
-    failure_rate: float
-    checkpoint_seconds: float
-    restart_seconds: float
-
-
-def interval(candidate: Candidate) -> tuple[float, float]:
-    """Seconds between which the step is expected (`basis.py`)."""
-    return basis.interval(candidate.job, candidate.time)
-
-
-def figures(request: Request, candidate: Candidate, money: Money) -> dict[str, float | None]:
-    """Rates, energy and cost; None where a price or a number of steps was not given."""
-    seconds, tokens = candidate.seconds, request.sequence * request.global_batch
-    chips = request.ranks / request.chip.dies_per_chip
-    kwh = request.chip.system_w * request.ranks * seconds / 3.6e6
-    cost = None
-    if money.price is not None or money.price_kwh is not None:
-        cost = (money.price or 0) * chips * seconds / 3600 + (money.price_kwh or 0) * kwh
-    steps = money.steps
-    return {
-        "seconds": seconds,
-        "mfu": mfu(request, seconds),
-        "tokens_per_second": tokens / seconds,
-        "tokens_per_second_per_rank": tokens / seconds / request.ranks,
-        "tokens_per_second_per_chip": tokens / seconds / chips,
-        "kwh_per_step": kwh,
-        "cost_per_step": cost,
-        "hours": None if steps is None else steps * seconds / 3600,
-        "kwh": None if steps is None else steps * kwh,
-        "cost": None if steps is None or cost is None else steps * cost,
-    }
-
-
-def name_of(candidate: Candidate) -> str:
-    """The layout in a line: axes above 1 and settings."""
-    parallel = candidate.parallel
-    axes = " ".join(f"{axis} {size}" for axis, size in candidate.layout.axes().items())
-    schedule = f" {parallel.schedule}" if parallel.pipeline > 1 else ""
-    virtual = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
-    resharded = ", weights shed each pass" if parallel.reshard_after == "micro_batch" else ""
-    offload = ", moments on the host" if parallel.offload_optimizer else ""
-    cut = f", stages of {' '.join(map(str, parallel.stage_layers))} layers" if parallel.stage_layers else ""
-    rows = f", {candidate.documents} documents in a row" if candidate.documents > 1 else ""
-    name = f"{axes or 'one rank'}{schedule}{virtual}, recompute {parallel.recompute}"
-    return f"{name}{resharded}{offload}{cut}{rows}"
-
-
-def describe(planner: Planner, plan: Plan, money: Money) -> dict[str, Any]:
-    """Everything, as plain data."""
-    request = plan.request
-    return {
-        "kind": "projection: nothing ran",
-        "model": request.model,
-        "chip": request.chip.name,
-        "ranks": request.ranks,
-        "sequence": request.sequence,
-        "global_batch": request.global_batch,
-        "convention": CONVENTION,
-        "num_shapes": plan.num_shapes,
-        "num_timed": plan.num_timed,
-        "num_asked": plan.num_asked,
-        "layouts": [
-            {
-                "name": name_of(candidate),
-                "layout": candidate.layout.axes(),
-                "parallel": candidate.parallel.model_dump(mode="json", exclude_defaults=True),
-                "row_tokens": request.sequence * candidate.documents,
-                "rows_per_step": request.global_batch // candidate.documents,
-                "seconds_by_part": asdict(candidate.time),
-                "terms": [asdict(term) for term in basis.terms(candidate.job, candidate.time)],
-                "interval_seconds": interval(candidate),
-                "usable_bytes": candidate.usable,
-                "most_bytes": candidate.most_bytes,
-                "tight": candidate.tight,
-                "stages": [asdict(stage) for stage in candidate.memory],
-                **figures(request, candidate, money),
-            }
-            for candidate in plan.best
-        ],
-        **(_about_best(planner, plan.best[0], money) if plan.best else {}),
-    }
-
-
-def _about_best(planner: Planner, best: Candidate, money: Money) -> dict[str, Any]:
-    found = reliability(best, money.failure_rate, money.checkpoint_seconds, money.restart_seconds)
-    return {
-        "placement": [
-            {"axis": p.axis, "size": p.size, "span": p.span, "link": p.link.name} for p in placements(best.job)
-        ],
-        "neighbours": [asdict(n) for n in neighbours(planner, best)],
-        "sensitivity": [asdict(e) for e in sensitivity(best)],
-        "reliability": asdict(found) | {"replica_recovery": found.replica_recovery},
-        "unknown": unknowns(best),
-    }
-
-
-def print_plan(console: Console, planner: Planner, plan: Plan, money: Money) -> None:
+def print_plan(console: Console, answer: Answer) -> None:
     """One job: layouts, memory, time, reasons, sensitivity, reliability."""
-    request = plan.request
+    request, plan = answer.request, answer.plan
     ranks = f"{request.ranks} {'dies' if request.chip.device == 'die' else 'GPUs'}"
     console.print(
         f"{request.model} on {ranks} of {request.chip.name}: {request.global_batch} rows of {request.sequence} "
@@ -142,15 +34,14 @@ def print_plan(console: Console, planner: Planner, plan: Plan, money: Money) -> 
     if not plan.best:
         _print_none(console, plan)
         return
-    _print_layouts(console, plan, money)
+    _print_layouts(console, answer)
     best = plan.best[0]
     _print_memory(console, best)
     _print_time(console, best)
     _lines(console, "placement", (f"{p.axis} {p.size}: {p.link.name}" for p in placements(best.job)))
-    _lines(console, "why not", (f"{n.change}: {n.reason}" for n in neighbours(planner, best)))
-    effects = sensitivity(best)
-    _lines(console, "what would move it", (f"{e.change:+7.1%}  {e.what}" for e in effects))
-    _print_reliability(console, best, money)
+    _lines(console, "why not", (f"{n.change}: {n.reason}" for n in answer.neighbours))
+    _lines(console, f"limited by {answer.limit}; what would move it", _effects(answer))
+    _print_reliability(console, answer)
     _lines(console, "UNKNOWN", unknowns(best))
     console.print(CONVENTION, highlight=False)
 
@@ -166,7 +57,8 @@ def _print_none(console: Console, plan: Plan) -> None:
         )
 
 
-def _print_layouts(console: Console, plan: Plan, money: Money) -> None:
+def _print_layouts(console: Console, answer: Answer) -> None:
+    plan, money = answer.plan, answer.money
     table = Table(title="fastest that fit", title_justify="left", box=None)
     names = ("layout", "s/step", "between", "MFU", "tok/s/rank", "peak GiB", "kWh/step", "cost/step")
     for name in names:
@@ -196,13 +88,21 @@ def _print_layouts(console: Console, plan: Plan, money: Money) -> None:
         )
     values = figures(plan.request, plan.best[0], money)
     if values["hours"] is not None:
-        bill = "" if values["cost"] is None else f", cost {values['cost']:,.0f}"
+        bill = "" if values["cost"] is None else f", cost {values['cost']:,.0f} ({_between(values, 'cost')})"
         console.print(
-            f"{money.steps} steps: {values['hours']:.1f} h, {values['kwh']:,.0f} kWh{bill}", highlight=False
+            f"{money.steps:,} steps: {values['hours']:,.1f} h ({_between(values, 'hours', 1)}), "
+            f"{values['kwh']:,.0f} kWh ({_between(values, 'kwh')}){bill}",
+            highlight=False,
         )
 
 
+def _between(values: dict[str, list[float]], name: str, digits: int = 0) -> str:
+    low, high = values[f"{name}_between"]
+    return f"{low:,.{digits}f} to {high:,.{digits}f}"
+
+
 def _print_memory(console: Console, best: Candidate) -> None:
+    """Categories and the peak, then bars whose | is the limit."""
     table = Table(title="GiB by pipeline rank, each category at its worst", title_justify="left", box=None)
     table.add_column("rank")
     for name in (*best.memory[0].by_category(), "peak", "limit"):
@@ -211,6 +111,10 @@ def _print_memory(console: Console, best: Candidate) -> None:
         values = (*stage.by_category().values(), stage.peak, best.usable)
         table.add_row(str(stage.stage), *(f"{v / _GIB:.1f}" for v in values))
     console.print(table)
+    if len(best.memory) > 1:
+        bars = ((stage, "#" * min(round(50 * stage.peak / best.usable), 50)) for stage in best.memory)
+        lines = (f"{s.stage:3d} {bar:50s}| {s.peak / best.usable:6.1%}" for s, bar in bars)
+        _lines(console, "peak of the limit, |", lines)
 
 
 def _print_time(console: Console, best: Candidate) -> None:
@@ -220,14 +124,22 @@ def _print_time(console: Console, best: Candidate) -> None:
             bar = "#" * round(20 * term.seconds / best.seconds)
             width = "" if term.low == term.high else f"{term.low:.2f}-{term.high:.2f}"
             lines.append(
-                f"{term.name.replace('_', ' '):12s} {term.seconds:7.2f} s {term.seconds / best.seconds:6.1%} "
+                f"{WORDS[term.name]:40s} {term.seconds:7.2f} s {term.seconds / best.seconds:6.1%} "
                 f"{bar:20s} {width:>12s} {term.status:7s} {term.basis}"
             )
     _lines(console, "step time, and what each part rests on", lines)
 
 
-def _print_reliability(console: Console, best: Candidate, money: Money) -> None:
-    found = reliability(best, money.failure_rate, money.checkpoint_seconds, money.restart_seconds)
+def _effects(answer: Answer) -> Iterable[str]:
+    """A bar for what each change takes off (-) or adds (+)."""
+    most = max((abs(effect.change) for effect in answer.effects), default=1.0) or 1.0
+    for effect in answer.effects:
+        bar = ("-" if effect.change < 0 else "+") * round(20 * abs(effect.change) / most)
+        yield f"{effect.change:+7.1%}  {bar:20s} {effect.what}"
+
+
+def _print_reliability(console: Console, answer: Answer) -> None:
+    found = answer.reliability
     dense, experts = found.dense_copies, found.expert_copies
     modes = "replica or checkpoint" if found.replica_recovery else "checkpoint alone"
     text = [
@@ -239,55 +151,51 @@ def _print_reliability(console: Console, best: Candidate, money: Money) -> None:
     _lines(console, "reliability", text)
 
 
-def _lines(console: Console, title: str, lines: Any) -> None:
+def _lines(console: Console, title: str, lines: Iterable[str]) -> None:
     console.print(title, style="bold")
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False)
 
 
-def print_comparison(console: Console, answers: Sequence[tuple[Planner, Plan]], money: Money) -> None:
-    """The best layout of each job side by side, with bars of the cost in energy."""
+def print_comparison(console: Console, answers: Sequence[Answer]) -> None:
+    """The best layout of each job side by side, with bars of time, energy and cost."""
     table = Table(box=None)
-    names = (
-        "job",
-        "best layout",
-        "s/step",
-        "between",
-        "MFU",
-        "Mtok/s",
-        "kWh/step",
-        "cost/step",
-        "headroom GiB",
-    )
+    names = ("job", "best layout", "s/step", "between", "MFU", "Mtok/s", "kWh/step", "cost/step", "headroom GiB")
     for name in names:
         table.add_column(name, justify="left" if name in ("job", "best layout") else "right")
-    energies, times = [], []
-    for _, plan in answers:
-        request = plan.request
-        chips = request.ranks // request.chip.dies_per_chip
-        job = f"{request.model} {request.chip.name} x{chips}, {request.sequence}"
+    series: dict[str, list[tuple[str, float]]] = {"seconds a step": [], "kWh a step": [], "cost a step": []}
+    for answer in answers:
+        request, plan = answer.request, answer.plan
+        job = f"{request.model} {request.chip.name} x{answer.num_chips}, {request.sequence}"
         if not plan.best:
-            table.add_row(job, "none fits", *[""] * 7)
+            lacking = (
+                "" if plan.smallest is None else f": {plan.smallest.fullest.peak / _GIB:.0f} GiB a rank at least"
+            )
+            table.add_row(job, f"none fits{lacking}", *[""] * 7)
             continue
         best = plan.best[0]
         low, high = interval(best)
-        values = figures(request, best, money)
+        values = figures(request, best, answer.money)
         cost = values["cost_per_step"]
-        energies.append((job, values["kwh_per_step"] or 0.0))
-        times.append((job, best.seconds))
+        series["seconds a step"].append((job, best.seconds))
+        series["kWh a step"].append((job, values["kwh_per_step"]))
+        if cost is not None:
+            series["cost a step"].append((job, cost))
         table.add_row(
             job,
             name_of(best),
             f"{best.seconds:.2f}",
             f"{low:.1f}-{high:.1f}",
             f"{values['mfu']:.1%}",
-            f"{(values['tokens_per_second'] or 0) / 1e6:.2f}",
+            f"{values['tokens_per_second'] / 1e6:.2f}",
             f"{values['kwh_per_step']:.2f}",
             "-" if cost is None else f"{cost:.2f}",
             f"{(best.usable - best.fullest.peak) / _GIB:.1f}",
         )
     console.print(table)
-    for title, series in (("seconds a step", times), ("kWh a step", energies)):
-        most = max((value for _, value in series), default=1.0)
-        _lines(console, title, (f"{job:48s} {v:8.2f} {'#' * max(round(30 * v / most), 1)}" for job, v in series))
+    for title, values_of in series.items():
+        if values_of:
+            most = max(value for _, value in values_of) or 1.0
+            bars = (f"{job:48s} {v:8.2f} {'#' * max(round(30 * v / most), 1)}" for job, v in values_of)
+            _lines(console, title, bars)
     console.print(CONVENTION, highlight=False)

@@ -62,12 +62,27 @@ def exchange_table(rehearsal: Rehearsal) -> Table:
     return table
 
 
+def operations_note(rehearsal: Rehearsal) -> str:
+    """Whose operations were counted, and how those of the chip are, where they are others."""
+    told = f"operations counted: {rehearsal.operations}"
+    if rehearsal.of_the_chip:
+        return f"{told}, which are those of {rehearsal.chip}"
+    others = f"{told}. {rehearsal.chip} runs its own, which may hold more"
+    if rehearsal.chip.startswith("ascend"):
+        return (
+            f"{others}: --device ascend --ops ascend counts them where the vendor's library for torch imports (no "
+            "chip is needed: docs/ascend.md), and fullweight plan anywhere"
+        )
+    return f"{others}; nothing was traced with them"
+
+
 def write_page(rehearsal: Rehearsal, path: Path) -> None:
     """Write the HTML page."""
     page.write_page(
         path,
         _TEMPLATE,
         rehearsal=rehearsal,
+        operations=operations_note(rehearsal),
         categories=[str(c) for c in CATEGORIES],
         gib=_GIB,
         curves={role.role: _curve(role, rehearsal.usable_bytes[role.role]) for role in rehearsal.roles},

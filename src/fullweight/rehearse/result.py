@@ -63,7 +63,8 @@ class Rehearsal:
     rows_per_rank: int
     rows_traced: int  # of them; memory is of these, counts are of all
     row_tokens: int
-    operations: str  # the set of operations that was traced
+    operations: str  # the set of operations that was traced, in words
+    of_the_chip: bool  # whether they are those that the chip runs
     roles: list[RoleResult] = field(default_factory=list)
 
     def fits(self, role: RoleResult) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from fullweight.core.config import nearest
 from fullweight.core.errors import ConfigError
+from fullweight.devices import DEVICES
 from fullweight.parallel.config import Layout
 from fullweight.planner.chips import Chip
 from fullweight.rehearse.result import Rehearsal, RoleResult
@@ -98,6 +99,7 @@ def rehearse(
         rows_traced=traced,
         row_tokens=config.data.row_tokens,
         operations=_operations(config, device),
+        of_the_chip=_of_the_chip(config, device, chip),
         roles=ordered,
     )
 
@@ -108,6 +110,14 @@ def _operations(config: RunConfig, device: str) -> str:
         return "those of the CPU, their kernels left out"
     named = ", ".join([config.ops.default, *(f"{group}={name}" for group, name in config.ops.chosen.items())])
     return f"{named}, on {device}"
+
+
+def _of_the_chip(config: RunConfig, device: str, chip: Chip) -> bool:
+    """Whether what was traced is what the chip runs: on its maker's device, with that device's operations."""
+    traced = next(name for name, kind in DEVICES.items() if device in (name, kind.type))
+    if traced == "cpu" or (traced == "ascend") != (chip.maker == "Ascend"):
+        return False
+    return config.ops.default in ("auto", traced)
 
 
 def chosen_roles(layout: Layout, names: Collection[str]) -> list[Role]:

@@ -273,14 +273,11 @@ def test_a_model_of_another_family_is_told(tmp_path: Path) -> None:
     assert "describes model_type 'mamba'; expected 'deepseek_v4'" in result.output
 
 
-def test_clusters_side_by_side(tmp_path: Path) -> None:
+def test_clusters_side_by_side() -> None:
     result = fullweight(
         *("plan", "flash", "--chip", "ascend-910c", "--chips", "64", "--global-batch", "256"),
-        *("--compare", "nvidia-h100:128", "--html", tmp_path / "plan.html"),
+        *("--compare", "nvidia-h100:128"),
     )
     assert result.ok
-    page = (tmp_path / "plan.html").read_text()
-    assert page.count("data:image/png;base64,") == 5  # two of each job, and both side by side
-    assert "Why not" in page
     assert "kWh a step" in result.output
     assert "h100 x128" in result.output
