@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def signature_problem(bundle: Bundle, trust: Trust) -> str | None:
     try:
         config.verify(bundle.root, bundle.root / SIGNATURE)
     except _NOTHING as error:
-        return _first_line(error) or "it was not made by that key"
+        return _changed(error) or _first_line(error) or "it was not made by that key"
     if missing := sorted({*bundle.listed, LIST} - covered):
         return f"it does not cover {missing[0]}"
     return None
@@ -162,6 +163,15 @@ def _trust_online(config: verifying.Config, identity: str, issuer: str) -> None:
         raise FullweightError(
             f"cannot look for {identity} with Sigstore: {_first_line(error)}; {_ONLINE}"
         ) from None
+
+
+def _changed(error: BaseException) -> str | None:
+    """Which files are not those that were signed, where the library says so; it prints their digests as bytes."""
+    names = re.findall(r"Hash mismatch for \\?'([^'\\]*)", str(error))
+    if not names:
+        return None
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"not as signed: {', '.join(names[:3])}{more}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -68,6 +68,7 @@ def write_pages(out: Path, roots: Sequence[Path], reports: Sequence[Report | Non
 def _verdicts(report: Report) -> list[dict[str, Any]]:
     """Claims with their verdict, and every rule that does not hold."""
     from fullweight.cli.verify import shown
+    from fullweight.report.document import RULE
 
     found = [
         {
@@ -80,7 +81,7 @@ def _verdicts(report: Report) -> list[dict[str, Any]]:
         for v in report.verdicts
     ]
     rules = [
-        {"name": f.rule, "value": "", "status": str(f.status), "told": f.told, "statement": "a rule"}
+        {"name": f.rule, "value": "", "status": str(f.status), "told": f.told, "statement": RULE}
         for f in report.findings
         if str(f.status) != "holds"
     ]

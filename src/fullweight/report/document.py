@@ -31,6 +31,7 @@ _CUT = {
 
 
 _ORDER = {"refuted": 0, "holds": 1}
+RULE = "a rule of verification"  # in place of a claim's statement
 _LOSSES = {
     "lm": "of the next token, which is what is learnt",
     "mtp": "of the token after it, by the extra prediction layers",
@@ -123,8 +124,19 @@ def _verdict(run: dict[str, Any]) -> tuple[str, str]:
     what = "claim or rule" if rest == 1 else "claims and rules"
     open_end = f"; {rest} {what} cannot be checked with what was at hand" if rest else ""
     if by_status["refuted"]:
-        return "refuted", f"Refuted: {', '.join(by_status['refuted'])}. {hold}{open_end}."
+        return "refuted", f"Refuted: {_refuted(run)}. {hold[0].upper() + hold[1:]}{open_end}."
     return "holds", f"Nothing is refuted: {hold}{open_end}."
+
+
+def _refuted(run: dict[str, Any]) -> str:
+    """Rules that do not hold and claims that fall by themselves, by name; how many claims stood on those rules."""
+    refuted = [c for c in run["claims"] if c["status"] == "refuted"]
+    rules = [c["name"] for c in refuted if c["statement"] == RULE]
+    fallen = [c["name"] for c in refuted if c["statement"] != RULE]
+    alone = [c["name"] for c in refuted if c["name"] in fallen and c["told"].partition(":")[0] not in rules]
+    told = ", ".join([*rules, *alone])
+    behind = len(fallen) - len(alone)
+    return told if not behind else f"{told}, and with {'it' if len(rules) == 1 else 'them'} {behind} claims"
 
 
 def _tiles(run: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -148,6 +160,7 @@ def _tiles(run: dict[str, Any]) -> list[tuple[str, str, str]]:
     tiles.append(("trained", f"{share:.4g} %", f"of {count['total']:,} parameters"))
     hours = found["goodput"]["wall_seconds"] / 3600
     length = f"{60 * hours:.3g} min" if hours < 2 else f"{hours:,.1f} h"
+    length = f"{3600 * hours:.3g} s" if hours < 1 / 30 else length
     tiles.append(("length", f"{found['steps']:,} steps", f"{found['tokens']['real']:,} tokens, {length}"))
     return tiles
 

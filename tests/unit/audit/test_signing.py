@@ -216,6 +216,13 @@ def test_a_forgery_that_fits_in_all_else_is_not_signed_by_the_owner(honest: Hone
     assert "does not match" in refuted(verify(root, trust=trust))["bundle.signature"]
 
 
+def test_what_was_changed_after_the_signature_is_named(honest: Honest, tmp_path: Path) -> None:
+    forgery = Forgery(honest.bundle, tmp_path)
+    forgery.edit("claims.json", lambda claims: claims[0].update(value=7))
+    told = refuted(verify(forgery.root, trust=Trust(public_key=honest.public_key)))["bundle.signature"]
+    assert told == "not as signed: claims.json"
+
+
 def test_a_signature_that_leaves_files_out_is_none(honest: Honest, tmp_path: Path) -> None:
     """The library lets a signer ignore files; here every file has to be under the signature."""
     from model_signing import hashing, signing

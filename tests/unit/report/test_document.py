@@ -13,7 +13,7 @@ from tests.unit.report.recorded import evaluation, step_line
 from fullweight.core.errors import CheckpointError
 from fullweight.evidence.bundle import RefusedError
 from fullweight.evidence.ledger import Ledger
-from fullweight.report.document import headline, write_report, write_run
+from fullweight.report.document import RULE, headline, write_report, write_run
 from fullweight.report.record import raw_lines, record
 
 ANSWER = {"id": "a", "question": "1 < 2?", "response": "<img src=x>", "expected": "yes", "correct": False}
@@ -92,6 +92,25 @@ def test_the_verdict_is_above_the_fold_and_what_is_refuted_comes_first(
     assert [statuses[int(row[-1])] for row in rows] == sorted(
         statuses, key=["refuted", "holds", "not checkable"].index
     )
+
+
+def test_what_falls_with_a_rule_is_counted_and_not_listed(tmp_path: Path) -> None:
+    """A changed byte refutes every claim; the sentence names what is wrong, the long reason stays in its cell."""
+    root = make_run(tmp_path, [("eval", 0, evaluation(6.0, None)), ("step", 1, step_line(1, 5.0))])
+    keys = ("name", "status", "told", "statement")
+    long = "x" * 500
+    rows = [
+        ("steps", "refuted", "bundle.hashes: another file", "so many steps"),
+        ("mfu", "refuted", "bundle.hashes: another file", "so much of the peak"),
+        ("tokens", "refuted", "5 is claimed, 4 follows from the evidence", "so many tokens"),
+        ("bundle.hashes", "refuted", long, RULE),
+    ]
+    claims = [dict(zip(keys, row, strict=True)) | {"value": "1"} for row in rows]
+    write_report(tmp_path / "page.html", [record(root) | {"kind": "bundle", "claims": claims}], [raw_lines(root)])
+    page = (tmp_path / "page.html").read_text()
+    assert "Refuted: bundle.hashes, tokens, and with it 2 claims. 0 claims hold." in page
+    assert f'<td class="why" data-name="why">{long}</td>' in page
+    assert re.search(r"td\.why \{ overflow-wrap: anywhere; \}", page), "a long word must not widen the page"
 
 
 def test_no_button_of_a_figure_sends_its_numbers_away(tmp_path: Path) -> None:
