@@ -42,6 +42,7 @@ def write_page(plans: Sequence[dict[str, Any]], path: Path) -> None:
             for number, plan in enumerate(plans)
         ],
         beside=beside(plans) if several else [],
+        compared=beside_in_words(plans) if several else [],
         side_by_side=drawn(pictures.side_by_side(plans), "all") if several and any_fits else "",
         library=get_plotlyjs(),
         data=json.dumps(list(plans)).replace("<", "\\u003c"),
@@ -116,6 +117,27 @@ def beside(plans: Sequence[dict[str, Any]]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def beside_in_words(plans: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What each job after the first comes to beside it: (class of its colour, a sentence)."""
+    base, found = plans[0], []
+    for plan in plans[1:]:
+        name = pictures.job(plan)
+        if not (base["layouts"] and plan["layouts"]):
+            lacking = "the first" if not base["layouts"] else "it"
+            found.append(("refuted", f"{name}: no comparison, since no layout fits {lacking}."))
+            continue
+        one, other = base["layouts"][0], plan["layouts"][0]
+        parts = [(other[key] / one[key], what) for key, what in _COSTS if one[key] and other[key] is not None]
+        told = ", ".join(f"{share:.2f} of its {what}" for share, what in parts)
+        starts, ends = zip(one["interval_seconds"], other["interval_seconds"], strict=True)
+        sure = "; the intervals of their steps overlap" if max(starts) <= min(ends) else ""
+        found.append(("unsure" if sure else "holds", f"{name}: beside the first {told}{sure}."))
+    return found
+
+
+_COSTS = (("seconds", "time"), ("kwh_per_step", "energy"), ("cost_per_step", "cost"))
 
 
 def _times(first: dict[str, Any], base: dict[str, Any] | None, key: str, form: str) -> str:

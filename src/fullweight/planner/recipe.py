@@ -11,6 +11,8 @@ from fullweight.parallel.config import ParallelConfig
 from fullweight.planner.search import Candidate, Request
 
 _ADAMW = {"name": "adamw", "learning_rate": 1e-5, "weight_decay": 0.01}
+_RELEASED_VOCABULARY = 129280
+"""Presets for tests have less, and train a tokenizer of their own."""
 _MUON = {"name": "muon", "learning_rate": 1e-5}
 
 
@@ -36,8 +38,13 @@ def recipe_text(request: Request, candidate: Candidate) -> str:
         "eval": {"num_samples": 0},
         "checkpoint": {"every": 100},
     }
+    if (
+        preset in PRESETS and request.config.vocab_size < _RELEASED_VOCABULARY
+    ):  # presets for tests, which train a tokenizer of their own
+        values["tokenizer"] = {"vocab_size": request.config.vocab_size}
+    ranks = f"{request.ranks} {'rank' if request.ranks == 1 else 'ranks'}"
     head = (
-        f"# Planned for {request.ranks} ranks of {request.chip.name}: a step of about {candidate.seconds:.1f} s,\n"
+        f"# Planned for {ranks} of {request.chip.name}: a step of about {candidate.seconds:.1f} s,\n"
         f"# at most {candidate.fullest.peak / 2**30:.1f} of {candidate.usable / 2**30:.1f} GiB, both by count.\n"
         f"# A row is {candidate.documents} x {request.sequence} tokens, so a step has {request.global_batch} x "
         f"{request.sequence} of them.\n"

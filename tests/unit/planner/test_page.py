@@ -11,7 +11,7 @@ import pytest
 from tests.browser import probed
 
 from fullweight.cli.main import main
-from fullweight.planner.page import beside, tiles, verdict, write_page
+from fullweight.planner.page import beside, beside_in_words, tiles, verdict, write_page
 
 _JOB = ("plan", "flash", "--chip", "ascend-910c", "--chips", "64", "--global-batch", "256", "--count", "2")
 _RUN = ("--steps", "500", "--price", "2", "--price-kwh", "0.1")
@@ -61,6 +61,10 @@ def test_the_answer_is_the_layout_s(compared: tuple[str, list[dict[str, Any]]]) 
     rows = beside(plans)
     assert f"(× {plans[1]['layouts'][0]['seconds'] / first['seconds']:.2f})" in rows[2][1]
     assert rows[3][-1].startswith("none fits: ")
+    words = beside_in_words(plans)
+    share = plans[1]["layouts"][0]["kwh_per_step"] / first["kwh_per_step"]
+    assert f"{share:.2f} of its energy" in words[0][1]
+    assert words[1] == ("refuted", "flash, 2 × h100, 4,096 tokens: no comparison, since no layout fits it.")
 
 
 def test_what_a_model_is_called_cannot_write_into_the_page(

@@ -16,10 +16,10 @@ from tests.processes import fullweight
 from fullweight.core.errors import ConfigError
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.parallel.config import ParallelConfig
-from fullweight.planner import space
+from fullweight.planner import explain, space
 from fullweight.planner.basis import interval, terms
 from fullweight.planner.chips import chip
-from fullweight.planner.explain import neighbours, reliability, sensitivity, unknowns
+from fullweight.planner.explain import more_memory, neighbours, reliability, sensitivity, unknowns
 from fullweight.planner.recipe import recipe_text
 from fullweight.planner.search import Candidate, Planner, Request, easy_batches, mfu
 from fullweight.train.config import RunConfig
@@ -170,6 +170,33 @@ def test_neighbours_say_why_not() -> None:
     assert len(found) >= 6
 
 
+def test_what_would_fit_does() -> None:
+    """Single changes of a layout that does not fit are offered where they fit, and not where they do not."""
+    best = PLAN.best[0]
+    full = best.parallel.model_copy(update={"expert": 16, "recompute": "full", "offload_optimizer": False})
+    found = PLANNER.evaluated(full, best.documents)
+    assert not found.fits
+    offers = list(explain._fitting(PLANNER, best, found))
+    wider = PLANNER.evaluated(full.model_copy(update={"expert": 32}), best.documents)
+    assert ("expert 32" in offers) == wider.fits
+    hosted = PLANNER.evaluated(full.model_copy(update={"offload_optimizer": True}), best.documents)
+    assert ("moments in host memory" in offers) == hosted.fits
+
+
+def test_more_memory_lets_in_what_is_faster() -> None:
+    """The effect is the barred neighbour's own time, and what it lacks its own bytes."""
+    best = PLAN.best[0]
+    found = {n.change: n for n in neighbours(PLANNER, best)}
+    for effect in more_memory(best, list(found.values())):
+        one = found[effect.what.rpartition(", for ")[2]]
+        assert one.seconds is not None
+        assert one.peak_bytes is not None
+        assert one.usable_bytes is not None
+        assert one.kind == "does not fit"
+        assert effect.change == pytest.approx(one.seconds / best.seconds - 1) < 0
+        assert effect.what.startswith(f"{(one.peak_bytes - one.usable_bytes) / 2**30:.1f} GiB more a rank")
+
+
 def test_effects_have_the_sign_that_they_must() -> None:
     effects = {e.what: e.change for e in sensitivity(PLAN.best[0])}
     assert effects["expert load 1.5 times the mean"] > 0
@@ -210,6 +237,22 @@ def test_the_recipe_is_one_that_training_reads(tmp_path: Path) -> None:
     assert config.layout(128) == PLAN.best[0].layout
     assert config.parallel == PLAN.best[0].parallel
     assert config.train.rows_per_step * config.data.row_tokens == 256 * 4096
+
+
+@pytest.mark.slow
+def test_a_planned_recipe_is_one_that_trains(tmp_path: Path) -> None:
+    """From `--emit` to steps, with a file of data put where the recipe says."""
+    recipe, data = tmp_path / "recipe.toml", tmp_path / "sft.jsonl"
+    base = ("plan", "tiny", "--chip", "h100", "--chips", "1", "--sequence", "256", "--global-batch", "8")
+    planned = fullweight(*base, "--emit", recipe)
+    assert planned.ok, planned.output
+    turns = ({"role": "user", "content": "a number?"}, {"role": "assistant", "content": "two"})
+    lines = [json.dumps({"messages": [turns[0], turns[1] | {"content": f"it is {n}"}]}) for n in range(400)]
+    data.write_text("\n".join(lines) + "\n")
+    settings = [f"data.sources=[{{kind='file', path='{data}'}}]", "train.num_steps=2", "schedule.warmup_steps=0"]
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    trained = fullweight("train", recipe, "--output", tmp_path / "run", "--set", "train.device=cpu", *chosen)
+    assert trained.ok, trained.output
 
 
 @pytest.mark.slow
