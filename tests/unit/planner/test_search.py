@@ -193,7 +193,8 @@ def test_more_memory_lets_in_what_is_faster() -> None:
         assert one.peak_bytes is not None
         assert one.usable_bytes is not None
         assert one.kind == "does not fit"
-        assert effect.change == pytest.approx(one.seconds / best.seconds - 1) < 0
+        assert effect.change == pytest.approx(one.seconds / best.seconds - 1)
+        assert effect.change < 0
         assert effect.what.startswith(f"{(one.peak_bytes - one.usable_bytes) / 2**30:.1f} GiB more a rank")
 
 
