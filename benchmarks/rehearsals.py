@@ -23,10 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.parallel.config import ParallelConfig
 from fullweight.planner.chips import chip
-from fullweight.planner.memory import Setting, StageMemory, memory_of
+from fullweight.planner.recorded import planned
 from fullweight.planner.tape import CATEGORIES
 from fullweight.rehearse.result import RoleResult
 from fullweight.rehearse.routing import Routing
@@ -369,6 +367,47 @@ CASES = {
     ),
 }
 
+# steps of Muon, and experts with a capacity
+CASES |= {
+    "tiny_muon_fsdp": Case(TINY, 4, ("train.rows_per_step=4", "parallel.expert=2"), ()),
+    "tiny_muon_replicas": Case(
+        TINY,
+        8,
+        ("train.rows_per_step=8", "parallel.replicate=2", "parallel.tensor=2", "parallel.expert=2"),
+        (),
+    ),
+    "tiny_muon_pipeline": Case(
+        TINY,
+        4,
+        ("train.rows_per_step=8", "parallel.pipeline=2", "parallel.offload_optimizer=true"),
+        (),
+    ),
+    "flash_muon": Case(
+        FLASH,
+        128,
+        (
+            "optimizer.name='muon'",
+            "parallel.pipeline=1",
+            "parallel.stage_layers=[]",
+            "parallel.expert=64",
+            "parallel.recompute='full'",
+            "data.row_tokens=4096",
+        ),
+        (),
+    ),
+    "tiny_capacity": Case(
+        TINY,
+        4,
+        (
+            "optimizer.name='adamw'",
+            "train.rows_per_step=4",
+            "parallel.expert=4",
+            "parallel.expert_capacity_factor=0.5",
+        ),
+        (),
+    ),
+}
+
 # the operators take heads of 512 channels, and of 128 in the indexer
 _HEADS = "model.changes={head_dim=512,index_head_dim=128}"
 CASES |= {
@@ -438,26 +477,29 @@ def recorded(name: str, config: RunConfig, roles: Sequence[RoleResult]) -> dict[
                 "pipeline": role.coordinates["pipeline"],
                 "peak_bytes": role.peak_bytes,
                 "most_by_category": role.most_by_category,
+                **({"muon": muon(role)} if config.optimizer.name == "muon" else {}),
             }
             for role in roles
         ],
     }
 
 
+def muon(role: RoleResult) -> dict[str, int]:
+    """What the optimiser exchanged, and FLOPs of the only kind of product that nothing but Newton-Schulz makes.
+
+    Two of the three of each iteration: those that are added to something.
+    """
+    exchanges = [e for e in role.exchanges if e.module == "optimizer" and e.kind == "all_to_all"]
+    return {
+        "calls": sum(e.count for e in exchanges),
+        "bytes_given": sum(e.num_bytes for e in exchanges),
+        "baddbmm_flops": role.flops_by_operation["aten.baddbmm"],
+    }
+
+
 def write(found: dict[str, dict[str, Any]]) -> None:
     """In the order of the cases."""
     RECORDS.write_text(json.dumps([found[n] for n in CASES if n in found], indent=1) + "\n", encoding="utf-8")
-
-
-def planned(record: dict[str, Any]) -> list[StageMemory]:
-    """What the planner says of a recorded layout."""
-    config = DeepSeekV4Config.preset(record["model"]["preset"], **record["model"]["changes"])
-    parallel = ParallelConfig.model_validate(record["parallel"])
-    layout = parallel.layout(record["ranks"], config, record["row_tokens"], record["rows_per_step"])
-    setting = Setting(
-        record["row_tokens"], record["micro_batches"], record["optimizer"], operations=record["operations"]
-    )
-    return memory_of(config, parallel, layout, setting)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,12 @@ def plan_command(
     method: Annotated[str, typer.Option(help="sft: the only one that is planned")] = "sft",
     optimizer: Annotated[str, typer.Option(help="adamw or muon")] = "adamw",
     skew: Annotated[float, typer.Option(min=1.0, help="load of the fullest expert rank over the mean")] = 1.0,
+    capacity_factor: Annotated[
+        float | None, typer.Option(min=0.01, help="most that an expert takes of a row, in even shares")
+    ] = None,
+    document_lengths: Annotated[
+        str | None, typer.Option(help="tokens of the documents that fill the rows, commas between; else one a row")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="steps of the run, for its time and cost")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="of a chip for an hour")] = None,
     price_kwh: Annotated[float | None, typer.Option("--price-kwh", min=0, help="of a kWh")] = None,
@@ -70,7 +77,11 @@ def plan_command(
 
     def asked(**changes: Any) -> Request:
         values: dict[str, Any] = {"model": model, "chip": chip, "chips": chips, "sequence": sequence} | changes
-        return _request(**values, global_batch=global_batch, optimizer=optimizer, skew=skew, chip_file=chip_file)
+        request = _request(
+            **values, global_batch=global_batch, optimizer=optimizer, skew=skew, chip_file=chip_file
+        )
+        lengths = _lengths(document_lengths, request.sequence) if document_lengths else ()
+        return replace(request, capacity=capacity_factor, lengths=lengths)
 
     console = Console(width=max(Console().width, 120))
     requests = [asked(), *(asked(chip=name, chips=number) for name, number in map(_cluster, compare or ()))]
@@ -150,6 +161,16 @@ def _request(
         most = _MOST_RANKS // device.dies_per_chip
         raise ConfigError(f"{chips} chips of {device.name}: at most {most:,} are planned; give fewer")
     return Request(model, config, device, ranks, sequence, global_batch, optimizer, skew)
+
+
+def _lengths(text: str, sequence: int) -> tuple[int, ...]:
+    values = [value for value in text.split(",") if value]
+    if not values or not all(value.isdigit() and 0 < int(value) <= sequence for value in values):
+        raise ConfigError(
+            f"--document-lengths {text!r}: expected whole numbers from 1 to the row's {sequence} tokens, with "
+            "commas between, such as 300,1500; each stands for as many documents as the others"
+        )
+    return tuple(int(value) for value in values)
 
 
 def _config_of(file: Path) -> DeepSeekV4Config:

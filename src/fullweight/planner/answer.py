@@ -161,6 +161,7 @@ def describe(answer: Answer) -> dict[str, Any]:
         "ranks": request.ranks,
         "device": request.chip.device,
         "sequence": request.sequence,
+        "document_lengths": list(request.document_lengths),
         "global_batch": request.global_batch,
         "optimizer": request.optimizer,
         "expert_skew": request.skew,

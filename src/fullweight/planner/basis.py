@@ -24,7 +24,7 @@ _SHOWN, _ENOUGH = 0.02, 3
 _FACTORS = {"fitted": (1.0, 1.0), "thin": (0.8, 1.25), "UNKNOWN": (0.5, 2.0)}
 _LOAD = 1.5
 """Load of the fullest expert rank over the mean that an unmeasured load is taken to stay below."""
-_AXES = {"tensor": "tensor", "context": "context", "expert": "expert", "data": "data", "pipeline": "pipeline"}
+_AXES = {name: name for name in ("tensor", "context", "expert", "data", "pipeline")}
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ def terms(job: Job, time: StepTime) -> list[Term]:
         low, high = _FACTORS.get(status, (1.0, 1.0))
         found.append(Term(name, seconds, seconds * low, seconds * high, status, basis))
     if job.expert > 1 and job.expert_skew == 1.0:
+        capped = "" if job.expert_capacity is None else ", or what the experts' capacity lets through"
         uneven = (
             step_time(parts_of(replace(job, expert_skew=_LOAD)), calibration().coefficients).total - time.total
         )
-        basis = f"no measurement given (--skew): taken as even, up to {_LOAD:g} times the mean at worst"
+        basis = f"no measurement given (--skew): taken as even, up to {_LOAD:g} times the mean at worst{capped}"
         found.append(Term("expert load", 0.0, 0.0, max(uneven, 0.0), "UNKNOWN", basis))
     return found
 
@@ -75,6 +76,9 @@ def _basis(job: Job, name: str, here: int, everywhere: int) -> tuple[str, str]:
                 "half of (p - 1) / (v m), as zero-bubble schedules promise: no published run of one here",
             )
         return "counted", "(p - 1) / (v m) of the work"
+    if name in ("newton_schulz", "pieces"):
+        how = "at the rate of other matrix products" if name == "newton_schulz" else "at the links' bandwidth"
+        return "UNKNOWN", f"counted ({how}, nothing beside it): no published run says what Muon takes"
     if name == "host":
         return "UNKNOWN", "bytes of the moments over 25e9 bytes/s to the host: an assumption, no published run"
     if assumed := _assumed_link(job, name):

@@ -53,6 +53,8 @@ class Parts:
     data: float
     pipeline: float
     optimizer: float
+    newton_schulz: float
+    pieces: float  # of matrices that Muon makes orthogonal and that are cut
     host: float  # bytes of moments over the host link
     bubble: float  # share of the work
 
@@ -94,13 +96,16 @@ class StepTime:
     pipeline: float
     bubble: float
     optimizer: float
+    newton_schulz: float
+    pieces: float
     host: float
 
     @property
     def total(self) -> float:
         """Works on arrays too."""
         work = self.compute + self.memory_bound + self.launch + self.tensor + self.context + self.expert
-        return work + self.data + self.pipeline + self.bubble + self.optimizer + self.host
+        update = self.optimizer + self.newton_schulz + self.pieces
+        return work + self.data + self.pipeline + self.bubble + update + self.host
 
 
 def parts_of(job: Job) -> Parts:
@@ -112,7 +117,7 @@ def parts_of(job: Job) -> Parts:
     passes = PASSES[job.recompute]
     per_rank = tokens / job.pipeline * _imbalance(job)
     gemm = per_rank * work.gemm_flops * passes / peak
-    experts = per_rank * work.expert_flops * passes / peak * job.expert_skew
+    experts = per_rank * work.expert_flops * passes / peak * job.expert_load
     layers, count = work.layers / job.pipeline, job.micro_batches
     dense = work.dense_parameters / (job.pipeline * job.tensor)
     routed = work.expert_parameters / (job.pipeline * job.expert * job.expert_tensor)
@@ -137,6 +142,8 @@ def parts_of(job: Job) -> Parts:
         **_exchange_seconds(job, tokens, layers),
         data=_data_seconds(job, dense, routed),
         optimizer=_optimizer_bytes(job, dense, routed) / bandwidth,
+        newton_schulz=job.muon.flops / peak16 if job.muon else 0.0,
+        pieces=_piece_seconds(job),
         host=_moment_bytes(job, dense, routed) * 2 / _HOST_BANDWIDTH if job.offload else 0.0,
         bubble=_bubble(job),
     )
@@ -223,7 +230,7 @@ def _exchange_seconds(job: Job, tokens: float, layers: float) -> dict[str, float
         )
     if job.expert > 1 and not job.hidden_exchange:
         near, far = expert_routes(chip, job.expert, work.top_k, grouped=job.dispatch == "fused")
-        share = work.moe_layers / job.pipeline * tokens * width * (4 + 2 * extra) * job.expert_skew
+        share = work.moe_layers / job.pipeline * tokens * width * (4 + 2 * extra) * job.expert_load
         inner = chip.link(near_ranks(chip, job.expert))
         found["expert_near"] = share * near / (inner.bandwidth * 1e9)
         found["expert_far"] = share * far / (chip.links[-1].bandwidth * 1e9)
@@ -245,14 +252,34 @@ def _data_seconds(job: Job, dense: float, routed: float) -> float:
     return volume / (link.bandwidth * 1e9)
 
 
-def _moment_bytes(job: Job, dense: float, routed: float) -> float:
+def _piece_seconds(job: Job) -> float:
+    """Pieces of cut matrices to their owners and back; nothing else runs meanwhile."""
+    if job.muon is None:
+        return 0.0
+    return job.muon.bytes_waited / (job.chip.link(job.ranks // job.pipeline // job.replicate).bandwidth * 1e9)
+
+
+def _own_numbers(job: Job, dense: float, routed: float) -> float:
+    """Of parameters, on a rank."""
     copies = max(job.ranks // job.pipeline // (job.expert * job.expert_tensor), 1)
-    return 8 * (dense / (job.data * job.context) + routed / copies)
+    return dense / (job.data * job.context) + routed / copies
+
+
+def _moment_bytes(job: Job, dense: float, routed: float) -> float:
+    if job.muon is None:
+        return 8 * _own_numbers(job, dense, routed)
+    return 4 * job.muon.entries + 8 * job.muon.others
 
 
 def _optimizer_bytes(job: Job, dense: float, routed: float) -> float:
-    """fp32 weights, gradient and two moments read, three of them written."""
-    return 28 / 8 * _moment_bytes(job, dense, routed)
+    """AdamW: fp32 weights, gradient and two moments read, three of them written.
+
+    Muon: its operations one by one (`optim/muon.py`), momentum and decay 28 bytes, the direction and its scaling
+    in fp32 44, to BF16 and what comes of it into the weights 16. Products of Newton-Schulz are counted as such.
+    """
+    if job.muon is None:
+        return 28 * _own_numbers(job, dense, routed)
+    return 88 * job.muon.entries + 28 * job.muon.others
 
 
 _CORNER = 8
@@ -267,7 +294,8 @@ def step_time(parts: Parts, c: Coefficients) -> StepTime:
     compute += (parts.gemm8 * thin + parts.expert8 * thin_experts) / c.gemm_fp8
     compute += (parts.gemm4 * thin + parts.expert4 * thin_experts) / c.gemm_fp4
     compute += parts.attention / c.attention
-    compute *= (1 + (c.watts * parts.starved) ** _CORNER) ** (1 / _CORNER)
+    slowed = (1 + (c.watts * parts.starved) ** _CORNER) ** (1 / _CORNER)
+    compute *= slowed
     memory = (parts.memory + parts.weights) / c.memory * left
     tensor = parts.tensor * c.tensor_exposed
     context = parts.context * c.tensor_exposed
@@ -289,5 +317,7 @@ def step_time(parts: Parts, c: Coefficients) -> StepTime:
         pipeline=pipeline,
         bubble=(device + launch) * parts.bubble,
         optimizer=parts.optimizer / c.memory,
+        newton_schulz=parts.newton_schulz / c.gemm * slowed,
+        pieces=parts.pieces,
         host=parts.host,
     )

@@ -11,15 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
-from fullweight.planner.ascend import AscendOperations
 from fullweight.planner.graph import Graph, Value
-from fullweight.planner.operations import BF16, Operations
+from fullweight.planner.operations import BF16, SETS, Operations
 from fullweight.planner.passes import Blocks, Ends, Row
 from fullweight.planner.sharding import Sharding, Unit
 from fullweight.planner.tape import COMMUNICATION, GRADIENTS, NO_CHANGE, Block, Profile, Tape
-
-OPERATIONS: dict[str, type[Operations]] = {"cpu": Operations, "ascend": AscendOperations}
-"""Sets of operations that a step is replayed with."""
 
 _ROOT = frozenset(("embed.weight", "head.weight"))
 
@@ -135,7 +131,7 @@ def _tools(around: Around, row: Row) -> tuple[Tape, Graph, Sharding, Operations]
                 tape.mark(block, GRADIENTS)
             sharding.kept.append(block)
 
-    ops = OPERATIONS[row.operations](tape, graph, weigh, around.late)
+    ops = SETS[row.operations](tape, graph, weigh, around.late)
     ops.marked = around.first and around.uses == 1 and "head.weight" not in around.root
     return tape, graph, sharding, ops
 

@@ -40,6 +40,8 @@ WORDS = {
     "pipeline": "messages between stages",
     "bubble": "pipeline bubble",
     "optimizer": "optimizer",
+    "newton_schulz": "Muon's matrix products",
+    "pieces": "Muon's exchange of cut matrices",
     "host": "moments to and from the host",
     "expert load": "uneven expert load",
 }

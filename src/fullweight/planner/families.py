@@ -35,7 +35,7 @@ def families() -> dict[str, Shape]:
 def family_work(name: str, sequence: int) -> Work:
     """One document of `sequence` tokens of a published model, DeepSeek-V4's included ("v4-pro")."""
     if name.startswith("v4-"):
-        return work_of_v4(DeepSeekV4Config.preset(name[3:]), sequence)
+        return work_of_v4(DeepSeekV4Config.preset(name[3:]), [sequence])
     return work_of(families()[name], sequence)
 
 

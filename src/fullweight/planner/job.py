@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fullweight.planner.chips import Chip
+from fullweight.planner.muon import Update
 from fullweight.planner.shapes import Work
 
 Recompute = Literal["none", "selective", "full"]
@@ -46,16 +47,23 @@ class Job:
     overlapped_bubble: bool = False  # DualPipe and zero-bubble schedules: half of the bubble is filled
     stage_costs: tuple[float, ...] | None = None  # forward FLOPs of a token by stage; even when absent
     expert_skew: float = 1.0  # load of the fullest expert rank over the mean
+    expert_capacity: float | None = None  # most that an expert takes, in even shares; it drops the rest
     graphed: int = 0  # 0: every kernel is launched; 1: parts of a layer are captured; 2: the whole step, and fused
     dispatch: Literal["fused", "plain"] = "fused"
     hidden_exchange: bool = False  # tokens travel while another micro-batch computes
     narrow_attention: bool = False  # attention's products have the precision of the others
     unfused_attention: bool = False  # scores are written to memory, as before FlashAttention
+    muon: Update | None = None  # of the busiest rank; None: all parameters under AdamW
 
     @property
     def data(self) -> int:
         """Groups of ranks with rows of their own."""
         return self.ranks // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def expert_load(self) -> float:
+        """Rows that the fullest expert rank takes, over the mean of all that were chosen."""
+        return self.expert_skew if self.expert_capacity is None else min(self.expert_skew, self.expert_capacity)
 
     @property
     def micro_batches(self) -> float:

@@ -13,18 +13,19 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config, LayerKind
 from fullweight.models.deepseek_v4.parts import parts_of
 from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.parallel.stages import balanced_layers, stages_of
 from fullweight.planner.elements import Around, Pass, block_pass, tail_pass
+from fullweight.planner.muon import Stack, Update, stack_of, update_of
 from fullweight.planner.passes import Row
 from fullweight.planner.rank import Held, Step
 from fullweight.planner.sharding import NOTHING, Unit, unit_of
-from fullweight.planner.shards import Sums, block_shapes, buffer_bytes, held, muon_bytes, root_shapes, sums
-from fullweight.planner.tape import CATEGORIES
+from fullweight.planner.shards import Sums, block_shapes, buffer_bytes, held, root_shapes, sums
+from fullweight.planner.tape import CATEGORIES, NO_CHANGE, Profile, moved, together
 
 _FP32 = 4
 
@@ -58,7 +59,13 @@ class Setting:
     micro_batches: int
     optimizer: str = "adamw"
     skew: float = 1.0
-    operations: str = "cpu"  # a name of `elements.OPERATIONS`
+    operations: str = "cpu"  # a name of `operations.SETS`
+    capacity: float | None = None  # most that an expert takes of a row, in even shares
+
+    @property
+    def load(self) -> float:
+        """Rows of the fullest expert rank over the mean of all that were chosen."""
+        return self.skew if self.capacity is None else min(self.skew, self.capacity)
 
 
 def num_groups(layout: Layout) -> int:
@@ -84,13 +91,17 @@ class MemoryModel:
         self._blocks: dict[tuple[object, ...], tuple[Sums, Unit]] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
         self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._steps: dict[tuple[object, ...], Profile] = {}
+        self._matrices: dict[tuple[object, ...], tuple[Stack, ...]] = {}
+        self._updates: dict[tuple[object, ...], Update] = {}
 
     def of(self, parallel: ParallelConfig, layout: Layout, setting: Setting) -> Iterator[StageMemory]:
         """Every pipeline rank, in order, each counted when it is asked for."""
         for rank in range(layout.pipeline):
-            yield self._rank(parallel, layout, setting, rank)
+            yield self.rank(parallel, layout, setting, rank)
 
-    def _rank(self, parallel: ParallelConfig, layout: Layout, setting: Setting, rank: int) -> StageMemory:
+    def rank(self, parallel: ParallelConfig, layout: Layout, setting: Setting, rank: int) -> StageMemory:
+        """One of them."""
         config, adamw = self.config, setting.optimizer == "adamw"
         parts = parts_of(self.stages(parallel, setting.row_tokens))
         stages = stages_of(rank, layout.pipeline, len(parts), parallel.schedule)
@@ -110,22 +121,84 @@ class MemoryModel:
         behind = config.num_hidden_layers
         every = tuple(units.get(layer, NOTHING) for layer in range(behind + 1))
         parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
-        update = 0 if adamw else self._update(layout, everywhere, first, last)
-        have = Held(parameters, _FP32 * moments, update, _FP32 * numbers, root[1], every, mine, stages)
-        row = Row(setting.row_tokens, layout, setting.skew, setting.operations)
-        replay = Step(config, parallel, layout, row, setting.micro_batches, have, self._pass)
+        offload = parallel.offload_optimizer
+        update = NO_CHANGE if adamw else self._update(layout, everywhere, first, last, offload=offload).profile
+        # where the moments are decides nothing of the passes
+        key = (parallel.model_copy(update={"offload_optimizer": False}), layout, setting, rank)
+        if key not in self._steps:
+            have = Held(_FP32 * numbers, root[1], every, mine, stages)
+            row = self._row(layout, setting)
+            replay = Step(config, parallel, layout, row, setting.micro_batches, have, self._pass)
+            self._steps[key] = replay.profile()
+        start = moved(parameters=parameters, optimizer=_FP32 * moments)
+        step = together((start, self._steps[key], update))
         routed = sum(
             b.routed_here * 2 + (0 if parallel.offload_optimizer else b.routed_moments) for b, _ in blocks
         )
-        step = replay.profile()
         return StageMemory(
             rank, **dict(zip(CATEGORIES, step.most, strict=True)), peak=step.peak, routed_state=_FP32 * routed
         )
 
-    def _update(self, layout: Layout, layers: list[int], first: bool, last: bool) -> int:
-        """Bytes that Muon takes while it works."""
-        shapes = [root_shapes(self.config, first, last), *[block_shapes(self.config, layer) for layer in layers]]
-        return muon_bytes([h for one in shapes for h in held(self.config, layout, one, adamw=False)])
+    def update(self, parallel: ParallelConfig, layout: Layout, row_tokens: int) -> Update:
+        """What Muon does in a step: the most of any pipeline rank, of everything."""
+        found = self.updates(parallel, layout, row_tokens)
+        return Update(
+            *(
+                max(numbers)
+                for numbers in zip(
+                    *((u.flops, u.calls, u.bytes_given, u.bytes_waited, u.entries, u.others) for u in found),
+                    strict=True,
+                )
+            )
+        )
+
+    def updates(self, parallel: ParallelConfig, layout: Layout, row_tokens: int) -> list[Update]:
+        """What Muon does in a step on every pipeline rank, in order."""
+        parts, found = parts_of(self.stages(parallel, row_tokens)), []
+        for rank in range(layout.pipeline):
+            mine = [parts[stage] for stage in stages_of(rank, layout.pipeline, len(parts), parallel.schedule)]
+            first, last = any(part.is_first for part in mine), any(part.is_last for part in mine)
+            layers = [layer for part in mine for layer in part.layers]
+            behind = [self.config.num_hidden_layers] if last and self.config.num_nextn_predict_layers else []
+            offload = parallel.offload_optimizer
+            found.append(self._update(layout, [*layers, *behind], first, last, offload=offload))
+        return found
+
+    def least_update(self, layout: Layout) -> Update:
+        """What no cut of stages can do better than: all that lies whole, spread evenly over stages."""
+        blocks = self.config.num_hidden_layers + (1 if self.config.num_nextn_predict_layers else 0)
+        stacks = [replace(s, piece=()) for layer in range(blocks) for s in self._stacks(layout, layer)]
+        every = update_of(stacks)
+        return Update(flops=every.flops // layout.pipeline, entries=every.entries // layout.pipeline)
+
+    def _update(self, layout: Layout, layers: list[int], first: bool, last: bool, *, offload: bool) -> Update:
+        """Muon's step on a rank with these layers."""
+        kinds = tuple(self._kind(layer) for layer in layers)
+        key = (kinds, first, last, layout.shard, layout.context, layout.tensor, layout.expert, offload)
+        if key not in self._updates:
+            shapes = list(root_shapes(self.config, first, last))
+            root = (stack_of(self.config, layout, *one) for one in shapes)
+            stacks = [s for s in root if s is not None]
+            for layer in layers:
+                stacks += self._stacks(layout, layer)
+            for layer in layers:
+                shapes += block_shapes(self.config, layer)
+            parts = held(self.config, layout, iter(shapes), adamw=False)
+            others = sum(h.here for h in parts if not h.muon)
+            self._updates[key] = replace(update_of(stacks, offload=offload), others=others)
+        return self._updates[key]
+
+    def _stacks(self, layout: Layout, layer: int) -> tuple[Stack, ...]:
+        """Muon's parameters of one block."""
+        key = (self._kind(layer), layout.shard, layout.context, layout.tensor, layout.expert)
+        if key not in self._matrices:
+            found = (stack_of(self.config, layout, *one) for one in block_shapes(self.config, layer))
+            self._matrices[key] = tuple(s for s in found if s is not None)
+        return self._matrices[key]
+
+    def _kind(self, layer: int) -> LayerKind | None:
+        """None for the MTP block's."""
+        return None if layer == self.config.num_hidden_layers else self.config.layer_kind(layer)
 
     def _pass(self, what: str, row: Row, which: int, around: Around) -> Pass:
         """An element's profiles; layers of one kind share them."""
@@ -134,13 +207,25 @@ class MemoryModel:
             layer = which
             kind = self.config.layer_kind(layer), self.config.is_hash_layer(layer)
         slices = row.layout.context, row.layout.tensor, row.layout.expert
-        key = (what, kind, row.tokens, row.skew, row.operations, slices, around)
+        key = (what, kind, row.tokens, row.skew, row.most, row.operations, slices, around)
         if key not in self._passes:
             if what == "block":
                 self._passes[key] = block_pass(self.config, row, which, around)
             else:
                 self._passes[key] = tail_pass(self.config, row, around)
         return self._passes[key]
+
+    def _row(self, layout: Layout, setting: Setting) -> Row:
+        most = self.most_rows(layout, setting)
+        return Row(setting.row_tokens, layout, setting.skew, setting.operations, most)
+
+    def most_rows(self, layout: Layout, setting: Setting) -> int | None:
+        """Rows that a capacity lets the experts of a rank take, of all rows that their expert ranks work on."""
+        if setting.capacity is None or layout.expert == 1:
+            return None
+        rows = -(-layout.expert // layout.num_slices)
+        each = self.config.expert_capacity(setting.capacity, setting.row_tokens)
+        return rows * each * (self.config.n_routed_experts // layout.expert)
 
     def stages(self, parallel: ParallelConfig, row_tokens: int) -> tuple[int, ...]:
         """Layers of each stage, balanced by cost where the recipe does not say."""
@@ -153,8 +238,7 @@ class MemoryModel:
 
     def block(self, layout: Layout, layer: int, adamw: bool) -> tuple[Sums, Unit]:
         """What the rank that holds most has of one block."""
-        is_mtp = layer == self.config.num_hidden_layers
-        kind = None if is_mtp else self.config.layer_kind(layer)
+        kind = self._kind(layer)
         key = (kind, layout.shard, layout.replicate, layout.context, layout.tensor, layout.expert, adamw)
         if key not in self._blocks:
             parameters = held(self.config, layout, block_shapes(self.config, layer), adamw=adamw)

@@ -24,7 +24,8 @@ class Row:
     tokens: int
     layout: Layout
     skew: float = 1.0
-    operations: str = "cpu"  # a name of `elements.OPERATIONS`
+    operations: str = "cpu"  # a name of `operations.SETS`
+    most: int | None = None  # rows that the rank's experts take at most; they drop the rest
 
     @property
     def here(self) -> int:
@@ -38,7 +39,8 @@ class Row:
 
     def received(self, top_k: int) -> int:
         """Rows that its experts get."""
-        return int(self.here * top_k * (self.skew if self.layout.expert > 1 else 1.0))
+        rows = int(self.here * top_k * (self.skew if self.layout.expert > 1 else 1.0))
+        return rows if self.most is None else min(rows, self.most)
 
 
 @dataclass

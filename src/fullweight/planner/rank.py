@@ -24,11 +24,8 @@ from fullweight.planner.tape import ACTIVATIONS, COMMUNICATION, TEMPORARIES, Pro
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank has for good, and its units: bytes, and names by unit."""
+    """A rank's gradients in bytes, and its units."""
 
-    parameters: int
-    optimizer: int
-    update: int  # while the optimiser works
     gradients: int
     root: Unit
     blocks: tuple[Unit, ...]  # of all layers, the MTP block last
@@ -67,19 +64,17 @@ class Step:
         self.vocabulary = config.vocab_size * d * FP32
 
     def profile(self) -> Profile:
-        """All of it."""
-        start = moved(parameters=self.held.parameters, optimizer=self.held.optimizer)
+        """All of it but what is there for good and what the optimiser does."""
         if not self.staged:
             if self.micro_batches == 1:
-                return start + self._plain(first=True) + passing(TEMPORARIES, self.held.update)
+                return self._plain(first=True)
             # the first one holds no more than the second, which finds its gradients and its graph
-            start = start + moved(gradients=self.held.gradients, activations=self._left_by_first())
-            return start + self._plain(first=False) + passing(TEMPORARIES, self.held.update)
-        if not self.hooked:
-            start = start + self._root_gather()
+            found = moved(gradients=self.held.gradients, activations=self._left_by_first())
+            return found + self._plain(first=False)
+        start = Profile() if self.hooked else self._root_gather()
         order = self._one_by_one() if self.parallel.virtual_stages == 1 else self._by_actions()
-        reduced = Profile() if self.hooked else together(self._reductions())
-        return start + order + reduced + passing(TEMPORARIES, self.held.update)
+        reduced = [] if self.hooked else self._reductions()
+        return together([start, order, *reduced])
 
     # ---- one micro-batch ----------------------------------------------------------------------------
 
@@ -403,37 +398,43 @@ class Step:
         )
         mine: Sequence[Action] = order[self.held.stages[0]]
         parts = dict(zip(self.held.stages, self.held.parts, strict=True))
-        known = {(s, first): self._passes(part, first) for s, part in parts.items() for first in (True, False)}
-        found, communication, activations = Profile(), 0, 0
+        passes = {(s, first): self._passes(part, first) for s, part in parts.items() for first in (True, False)}
+        known: dict[tuple[str, int, bool], tuple[Profile, int, int]] = {}
+        found, communication, activations = [], 0, 0
         for kind, stage, number in mine:
-            part, one = parts[stage], known[stage, number == 0]
-            before_here, behind_here = stage - 1 in parts, stage + 1 in parts
-            handed_on = 0 if part.is_last else self.streams + (self.tokens if part.is_first and self.mtp else 0)
-            if kind in ("RF", "RB"):
-                found = found + moved(activations=self.payload)
-            elif kind == "F":
-                found = found + one.forward
-            elif kind == "W":
-                found = found + one.weights
-            elif kind == "B":
-                found = found + one.backward
-                sends_out = not part.is_last and not behind_here
-                sends_back = not part.is_first and not before_here
-                freed = 0 if sends_out else handed_on
-                came = 0 if part.is_first or before_here else self.payload
-                kept = self.tokens if sends_out and not part.is_first and self.mtp else 0
-                freed += came - min(kept, came)
-                activations += (handed_on if sends_out else 0) + min(kept, came)
-                gradient = 0 if part.is_last or behind_here else self.payload
-                given = 0 if part.is_first else self.payload
-                formed = 0 if part.is_first else self.streams + (self.tokens if self._returns(part) else 0)
-                changes = {"activations": -freed - gradient}
-                if sends_back:
-                    changes |= {"temporaries": -formed, "communication": given}
-                    communication += given
-                elif given:
-                    changes["temporaries"] = given - formed
-                if behind_here:
-                    changes["temporaries"] = changes.get("temporaries", 0) - self.payload
-                found = found + moved(**changes)
-        return found + moved(communication=-communication, activations=-activations)
+            key = kind, stage, number == 0
+            if key not in known:
+                known[key] = self._action(kind, stage, parts, passes[stage, number == 0])
+            profile, sent, kept = known[key]
+            found.append(profile)
+            communication += sent
+            activations += kept
+        return together([*found, moved(communication=-communication, activations=-activations)])
+
+    def _action(self, kind: str, stage: int, parts: dict[int, Part], one: Pass) -> tuple[Profile, int, int]:
+        """(what it does, what of it is held until the step ends: sent gradients, activations)."""
+        part = parts[stage]
+        if kind in ("RF", "RB"):
+            return moved(activations=self.payload), 0, 0
+        if kind != "B":
+            return {"F": one.forward, "W": one.weights}.get(kind, Profile()), 0, 0
+        before_here, behind_here = stage - 1 in parts, stage + 1 in parts
+        handed_on = 0 if part.is_last else self.streams + (self.tokens if part.is_first and self.mtp else 0)
+        sends_out = not part.is_last and not behind_here
+        sends_back = not part.is_first and not before_here
+        freed = 0 if sends_out else handed_on
+        came = 0 if part.is_first or before_here else self.payload
+        kept = self.tokens if sends_out and not part.is_first and self.mtp else 0
+        freed += came - min(kept, came)
+        gradient = 0 if part.is_last or behind_here else self.payload
+        given = 0 if part.is_first else self.payload
+        formed = 0 if part.is_first else self.streams + (self.tokens if self._returns(part) else 0)
+        changes = {"activations": -freed - gradient}
+        if sends_back:
+            changes |= {"temporaries": -formed, "communication": given}
+        elif given:
+            changes["temporaries"] = given - formed
+        if behind_here:
+            changes["temporaries"] = changes.get("temporaries", 0) - self.payload
+        held = (handed_on if sends_out else 0) + min(kept, came)
+        return one.backward + moved(**changes), given if sends_back else 0, held

@@ -133,12 +133,20 @@ def _activations(
     payload = n * d * _BF16 + (d * _BF16 if config.num_nextn_predict_layers else 0)
     staged = layout.pipeline > 1
     weights = []
+    known: dict[object, float] = {}
+
+    def of_layer(layer: int) -> float:
+        kind = config.layer_kind(layer), config.is_hash_layer(layer)
+        if kind not in known:
+            known[kind] = _kept(config, parallel.recompute, layout, layer, setting.load)
+        return known[kind]
+
     for part in parts:
-        one = sum(_kept(config, parallel.recompute, layout, layer, setting.skew) for layer in part.layers)
+        one = sum(of_layer(layer) for layer in part.layers)
         one += payload if staged or part.is_first else 0.0  # what came in, or the embedding
         one += 4 * 2 * config.qk_rope_head_dim + 48  # cosines and sines of both kinds; ids, positions, masks
         if part.is_last:
-            one += _kept_behind(config, parallel.recompute, layout, setting.skew)
+            one += _kept_behind(config, parallel.recompute, layout, setting.load)
         weights.append(one)
     moments = in_flight(parallel, rank, setting.micro_batches)
     total = max(sum(w * f for w, f in zip(weights, flight, strict=True)) for flight in moments)
@@ -214,18 +222,19 @@ def _temporaries(
     sparse = any(config.layer_kind(layer) is LayerKind.CSA for layer in layers)
     behind = [config.num_hidden_layers] if mtp else []
     made_again, routed_again = 0.0, 0.0
-    rows = k * 2 * f * _BF16 * setting.skew + (k * d * _BF16 * setting.skew if layout.expert > 1 else 0)
+    rows = k * 2 * f * _BF16 * setting.load + (k * d * _BF16 * setting.load if layout.expert > 1 else 0)
     if parallel.recompute == "full":
         routed_again = rows + (2 * f + d) * _BF16
         made_again = (
-            max(_kept(config, "none", layout, i, setting.skew) for i in (*layers, *behind)) - n * d * _BF16
+            max(_kept(config, "none", layout, i, setting.load) for i in _of_each_kind(config, layers, behind))
+            - n * d * _BF16
         )
     elif parallel.recompute == "selective":
         made_again = routed_again = rows
     pieces = 2 * min(tokens * layout.tensor * config.index_topk * c * _BF16, _PIECE) if sparse else 0
     # experts come first in backward: what was made again for them is gone when attention's turn comes
     attention = (made_again - routed_again + 6 * heads * c * _BF16) * tokens + pieces
-    routed = (made_again + 2 * heads * c * _BF16 + k * d * _BF16 * setting.skew) * tokens
+    routed = (made_again + 2 * heads * c * _BF16 + k * d * _BF16 * setting.load) * tokens
     # gradients of the block's experts before they join the sum over micro-batches
     routed += _FP32 * 3 * d * f * config.n_routed_experts // layout.expert
     streams = 2 * n * d * _BF16 * tokens
@@ -233,6 +242,12 @@ def _temporaries(
     table = config.vocab_size * d * _FP32 if first else 0
     head = 3 * config.vocab_size * d * _BF16 if last else 0
     return int(streams + attention), int(streams + routed), table, head
+
+
+def _of_each_kind(config: DeepSeekV4Config, layers: Sequence[int], behind: Sequence[int]) -> list[int]:
+    """One layer of each kind, and what lies behind them."""
+    kinds = {(config.layer_kind(layer), config.is_hash_layer(layer)): layer for layer in layers}
+    return [*kinds.values(), *behind]
 
 
 def _payloads(parallel: ParallelConfig, rank: int) -> int:
@@ -246,4 +261,4 @@ def _rows(config: DeepSeekV4Config, layout: Layout, setting: Setting, tokens: in
     """Rows that a rank's experts get, in the compute type."""
     if layout.expert == 1:
         return 0
-    return int(config.num_experts_per_tok * tokens * config.hidden_size * _BF16 * setting.skew)
+    return int(config.num_experts_per_tok * tokens * config.hidden_size * _BF16 * setting.load)

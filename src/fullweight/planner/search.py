@@ -53,6 +53,12 @@ class Request:
     global_batch: int  # rows of a step
     optimizer: str = "adamw"
     skew: float = 1.0  # load of the fullest expert rank over the mean
+    capacity: float | None = None  # most that an expert takes of a row, in even shares
+    lengths: tuple[int, ...] = ()  # of the documents that fill the rows; none: one as long as a row
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        return self.lengths or (self.sequence,)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Planner:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.memory = MemoryModel(request.config)
-        self.work: Work = work_of_v4(request.config, request.sequence)
+        self.work: Work = work_of_v4(request.config, request.document_lengths)
         self._costs: dict[tuple[object, ...], tuple[float, ...]] = {}
 
     def search(self, count: int = 5) -> Plan:
@@ -132,6 +138,12 @@ class Planner:
         smallest = None if best else queue.smallest
         return Plan(self.request, tuple(best), queue.num_shapes, queue.num_timed, queue.num_asked, smallest)
 
+    def parallel(self, shape: space.Shape, schedule: space.Schedule = ("1f1b", 1, "step")) -> ParallelConfig:
+        """A layout of the space with what the request fixes."""
+        found = space.parallel(shape, schedule)
+        capacity = self.request.capacity
+        return found if capacity is None else found.model_copy(update={"expert_capacity_factor": capacity})
+
     def layout(self, parallel: ParallelConfig, documents: int = 1) -> Layout:
         """Raises ConfigError for what cannot be."""
         request = self.request
@@ -145,18 +157,24 @@ class Planner:
     def timed(self, parallel: ParallelConfig, layout: Layout, documents: int = 1) -> Candidate:
         """The layout with the time of its step."""
         job = self.job(parallel, layout, documents)
+        if self.request.optimizer == "muon":
+            row_tokens = self.request.sequence * documents
+            job = replace(job, muon=self.memory.update(parallel, layout, row_tokens))
         time = step_time(parts_of(job), calibration().coefficients)
         return Candidate(parallel, layout, job, time, documents)
 
     def bound(self, shape: space.Shape, layout: Layout) -> float:
         """Seconds that no layout of this shape can beat: all it could save is saved at once."""
         virtual = max(v for _, v, _ in space.schedules(shape.pipeline, self.request.config.num_hidden_layers))
-        job = self.job(space.parallel(shape), layout, shape.documents)
-        even = replace(job, virtual=virtual, overlapped_bubble=True, stage_costs=(1.0,) * shape.pipeline)
+        job = self.job(self.parallel(shape), layout, shape.documents)
+        muon = self.memory.least_update(layout) if self.request.optimizer == "muon" else None
+        costs = (1.0,) * shape.pipeline
+        even = replace(job, virtual=virtual, overlapped_bubble=True, stage_costs=costs, muon=muon)
         parts = parts_of(even)
         return step_time(replace(parts, pipeline=parts.pipeline / virtual), calibration().coefficients).total
 
     def job(self, parallel: ParallelConfig, layout: Layout, documents: int = 1) -> Job:
+        """All but what Muon does."""
         request = self.request
         return Job(
             work=self.work,
@@ -179,6 +197,7 @@ class Planner:
             stage_costs=self._stage_costs(parallel, request.sequence * documents),
             dispatch="plain",  # parallel/expert.py sends every choice, and its numbers are read on the host
             expert_skew=request.skew if layout.expert > 1 else 1.0,
+            expert_capacity=parallel.expert_capacity_factor,
         )
 
     def _stage_costs(self, parallel: ParallelConfig, row_tokens: int) -> tuple[float, ...] | None:
@@ -204,6 +223,10 @@ class Planner:
         """Memory of its pipeline ranks, in order, each counted when it is asked for."""
         return self.memory.of(candidate.parallel, candidate.layout, self.setting(candidate))
 
+    def rank(self, candidate: Candidate, rank: int) -> StageMemory:
+        """Memory of one of them."""
+        return self.memory.rank(candidate.parallel, candidate.layout, self.setting(candidate), rank)
+
     def screened(self, candidate: Candidate) -> Iterator[StageMemory]:
         """A quick look at the same, if the model is not small."""
         if self.request.config.hidden_size < SMALL:
@@ -214,8 +237,10 @@ class Planner:
         """What decides memory beside model and layout."""
         request, documents = self.request, candidate.documents
         rows = request.global_batch // documents // candidate.layout.data_size
-        skew, operations = candidate.job.expert_skew, request.chip.operations
-        return Setting(request.sequence * documents, rows, request.optimizer, skew, operations)
+        job, operations = candidate.job, request.chip.operations
+        capacity = job.expert_capacity if job.expert > 1 else None  # all rows of the row's experts are here else
+        row_tokens = request.sequence * documents
+        return Setting(row_tokens, rows, request.optimizer, job.expert_skew, operations, capacity)
 
     def usable(self, layout: Layout) -> int:
         """Bytes of a rank that its process groups leave."""
@@ -243,7 +268,7 @@ class _Queue:
         self._too_long: dict[tuple[int, ...], int] = {}
         for shape in space.shapes(planner.request.ranks, planner.request.config, planner.request.sequence):
             try:
-                layout = planner.layout(space.parallel(shape), shape.documents)
+                layout = planner.layout(planner.parallel(shape), shape.documents)
             except ConfigError:
                 continue
             self.num_shapes += 1
@@ -285,7 +310,7 @@ class _Queue:
 
     def _open(self, shape: space.Shape, layout: Layout) -> None:
         """Queue every schedule of a shape by its fastest layout, unless the smallest of all is far too large."""
-        base = space.parallel(shape)
+        base = self._planner.parallel(shape)
         if shape.pipeline > 1:
             base = base.model_copy(update={"reshard_after": "micro_batch"})
         if shape.documents >= self._too_long.get(shape[:-1], math.inf):  # fewer in a row did not fit either
@@ -296,7 +321,7 @@ class _Queue:
         rows = self._planner.request.global_batch // shape.documents // layout.data_size
         for schedule in space.schedules(shape.pipeline, self._layers):
             if space.legal(schedule, shape.pipeline, rows):
-                fastest = self._timed(space.parallel(shape, schedule), layout, shape.documents)
+                fastest = self._timed(self._planner.parallel(shape, schedule), layout, shape.documents)
                 self._push(fastest.seconds, partial(self._open_schedule, fastest))
 
     def _open_schedule(self, fastest: Candidate) -> None:
@@ -313,17 +338,20 @@ class _Queue:
         if known is None:
             return None
         if known.fullest.peak <= CLOSE * known.usable:
-            stages = []
-            for stage in self._planner.ranks(known):  # up to the first that is too full
-                stages.append(stage)
-                if stage.peak > known.usable:
-                    break
-            if len(stages) == len(known.memory):
-                counted = replace(known, memory=tuple(stages))
-                if counted.fits:
-                    return counted
+            counted = self._counted(known)
+            if counted is not None:
+                return counted
         self._move_a_layer(known, moves)
         return None
+
+    def _counted(self, known: Candidate) -> Candidate | None:
+        """With every rank's memory, the fullest at a quick look first; None where one is too full."""
+        ranks, found = sorted(range(len(known.memory)), key=lambda r: -known.memory[r].peak), {}
+        for rank in ranks:
+            found[rank] = self._planner.rank(known, rank)
+            if found[rank].peak > known.usable:
+                return None
+        return replace(known, memory=tuple(found[rank] for rank in sorted(found)))
 
     def _move_a_layer(self, known: Candidate, moves: int) -> None:
         """Queue the layout with a layer moved from the fullest rank to the emptiest, if that may help."""
@@ -343,8 +371,8 @@ class _Queue:
 
 
 def model_flops(request: Request) -> float:
-    """Of a step: the ledger's exact count, one document as long as the row, indexer loss over selected entries."""
-    per_token = training_flops_per_token(request.config, [request.sequence])
+    """Of a step: the ledger's exact count of the request's documents, indexer loss over selected entries."""
+    per_token = training_flops_per_token(request.config, request.document_lengths)
     return per_token * request.sequence * request.global_batch
 
 

@@ -6,13 +6,15 @@ A cost is asked of models that this project does not train too, so that it can b
 or latent keys, dense or routed feed-forward layers); `work_of` turns it, and `work_of_v4` turns DeepSeek-V4's
 exact count (`models/deepseek_v4/flops.py`), into the same `Work`.
 
-Work is counted for one token of one document as long as the row, forward, in FLOPs at 2 a multiply-add; attention
-meets each key it may see, so a causal document counts half of all pairs. Left out: norms, softmax, activations,
+Work is counted for one token, forward, in FLOPs at 2 a multiply-add, of one document as long as the row or, of
+DeepSeek-V4, of documents of any lengths; attention meets each key it may see, so a causal document counts half of
+all pairs. Left out: norms, softmax, activations,
 which are in `layer_bytes` as traffic. Imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -135,9 +137,9 @@ def work_of(shape: Shape, sequence: int) -> Work:
     )
 
 
-def work_of_v4(config: DeepSeekV4Config, sequence: int) -> Work:
-    """DeepSeek-V4's exact work of one document of `sequence` tokens, a token's share of it."""
-    flops = forward_flops(config, [sequence]).as_dict()
+def work_of_v4(config: DeepSeekV4Config, lengths: Sequence[int]) -> Work:
+    """DeepSeek-V4's exact work of documents of these lengths, a token's share of it."""
+    flops, tokens = forward_flops(config, lengths).as_dict(), sum(lengths)
     parameters = parameters_by_component(config)
     blocks = config.num_hidden_layers + (1 if config.num_nextn_predict_layers else 0)
     routed = parameters["routed_experts"] // config.num_hidden_layers * blocks
@@ -145,17 +147,17 @@ def work_of_v4(config: DeepSeekV4Config, sequence: int) -> Work:
     expert = flops["routed_experts"] / config.num_hidden_layers * blocks
     attention = sum(flops[k] for k in ("window_attention", "csa_attention", "hca_attention", "indexer_scores"))
     total = sum(flops.values())
-    layers, rest = layer_flops(config, [sequence])
+    layers, rest = layer_flops(config, lengths)
     # a query's selected entries are gathered for itself alone
-    gathered = flops["csa_attention"] / (4 * heads) / sequence / config.num_hidden_layers
+    gathered = flops["csa_attention"] / (4 * heads) / tokens / config.num_hidden_layers
     f, k, n = config.moe_intermediate_size, config.num_experts_per_tok, config.hc_mult
     return Work(
         name="deepseek-v4",
         layers=blocks,
         hidden=d,
-        gemm_flops=(total - expert - attention) / sequence,
-        expert_flops=expert / sequence,
-        attention_flops=attention / sequence,
+        gemm_flops=(total - expert - attention) / tokens,
+        expert_flops=expert / tokens,
+        attention_flops=attention / tokens,
         dense_parameters=sum(parameters.values()) - routed,
         expert_parameters=routed,
         experts=config.n_routed_experts,
@@ -168,7 +170,7 @@ def work_of_v4(config: DeepSeekV4Config, sequence: int) -> Work:
         score_bytes=2.0 * 5 * heads * (config.sliding_window + config.index_topk),
         head_dim=c,
         expert_width=f,
-        stage_costs=(*(x / sequence for x in layers[:-1]), (layers[-1] + rest) / sequence),
+        stage_costs=(*(x / tokens for x in layers[:-1]), (layers[-1] + rest) / tokens),
     )
 
 

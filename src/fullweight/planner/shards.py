@@ -18,7 +18,6 @@ from fullweight.models.deepseek_v4.sharding import cut_of
 from fullweight.parallel.config import Layout
 
 _FP32 = 4
-_CHUNK_ENTRIES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Held:
     name: str
     here: int
     whole: int  # of what this rank computes with: its experts, its heads
-    matrix: tuple[int, int]  # one of those that Muon makes orthogonal; (0, 0) under AdamW
+    muon: bool
     routed: bool
     own_axis: bool  # dealt over expert or tensor ranks first
     gathered: bool  # FSDP has it: others hold a part or a copy of it
@@ -40,10 +39,6 @@ class Held:
     def padded(self) -> int:
         """Whole, as it is exchanged: every rank's part is as large as the largest."""
         return self.whole if self.by_rows else self.here * self.sharers
-
-    @property
-    def muon(self) -> bool:
-        return self.matrix != (0, 0)
 
     @property
     def moments(self) -> int:
@@ -166,27 +161,10 @@ def _held(config: DeepSeekV4Config, layout: Layout, name: str, shape: Sequence[i
         here = whole // sharers
     else:
         here = ceil(sizes[0] / sharers) * prod(sizes[1:])
-    role = parameter_role(name, config)
-    matrix = (0, 0)
-    if not adamw and role.optimizer == "muon":
-        matrix = prod(shape) // shape[-1] // role.num_matrices, shape[-1]
+    muon = not adamw and parameter_role(name, config).optimizer == "muon"
     own_axis = (routed and layout.expert > 1) or (cut is not None and not routed and layout.tensor > 1)
     copied = sharers * layout.replicate > 1
-    return Held(name, here, whole, matrix, routed, own_axis, copied, sharers, by_rows, layout.replicate)
-
-
-def muon_bytes(parameters: Sequence[Held]) -> int:
-    """Most that Muon takes while it works: matrices of one shape together, in fp32 twice and in BF16.
-
-    As many as it takes at once, or one that is larger (`optim/muon.py`). Left out: what travels of matrices that
-    are cut.
-    """
-    entries: dict[tuple[int, int], int] = {}
-    for held in parameters:
-        if held.muon:
-            entries[held.matrix] = entries.get(held.matrix, 0) + held.here
-    most = (min(count, max(_CHUNK_ENTRIES, prod(matrix))) for matrix, count in entries.items())
-    return 10 * max(most, default=0)
+    return Held(name, here, whole, muon, routed, own_axis, copied, sharers, by_rows, layout.replicate)
 
 
 def buffer_bytes(config: DeepSeekV4Config, layers: Sequence[int]) -> int:

@@ -15,34 +15,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import add
 
 CATEGORIES = ("parameters", "optimizer", "gradients", "gathered", "activations", "communication", "temporaries")
 PARAMETERS, OPTIMIZER, GRADIENTS, GATHERED, ACTIVATIONS, COMMUNICATION, TEMPORARIES = range(7)
-_NONE = (0,) * 7
+_NONE: tuple[int, ...] = (0,) * 7
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Profile:
     """Bytes by category that a stretch leaves behind (`net`), the most of each on its way above what was there
-    before (`most`), and of all together (`peak`), with what that is made of (`at_peak`)."""
+    before (`most`), and of all together (`peak`).
+
+    Not frozen, and added up by C, because a search adds millions; nothing changes one.
+    """
 
     net: tuple[int, ...] = _NONE
     most: tuple[int, ...] = _NONE
     peak: int = 0
-    at_peak: tuple[int, ...] = _NONE
 
     def __add__(self, other: Profile) -> Profile:
         """This stretch, then the other."""
-        net, most = self.net, self.most
-        peak, at_peak = sum(net) + other.peak, self.at_peak
-        if peak > self.peak:
-            at_peak = tuple([a + b for a, b in zip(net, other.at_peak, strict=True)])
-        return Profile(
-            tuple([a + b for a, b in zip(net, other.net, strict=True)]),
-            tuple([max(m, a + b) for m, a, b in zip(most, net, other.most, strict=True)]),
-            max(self.peak, peak),
-            at_peak,
-        )
+        return together((self, other))
 
 
 NO_CHANGE = Profile()
@@ -51,22 +45,22 @@ NO_CHANGE = Profile()
 def moved(**changes: int) -> Profile:
     """Bytes by category that come and stay or, below zero, go, all at once."""
     net = tuple([changes.get(name, 0) for name in CATEGORIES])
-    most = tuple([max(n, 0) for n in net])
-    return Profile(net, most, max(sum(net), 0), net if sum(net) > 0 else _NONE)
+    return Profile(net, tuple([n if n > 0 else 0 for n in net]), max(sum(net), 0))
 
 
 def passing(category: int, num_bytes: int) -> Profile:
     """Bytes that come and go."""
-    most = tuple([num_bytes if i == category else 0 for i in range(7)])
-    return Profile(_NONE, most, num_bytes, most)
+    return Profile(_NONE, tuple([num_bytes if i == category else 0 for i in range(7)]), num_bytes)
 
 
 def together(profiles: Iterable[Profile]) -> Profile:
     """One after the other."""
-    found = Profile()
+    net, most, peak = _NONE, _NONE, 0
     for profile in profiles:
-        found = found + profile
-    return found
+        peak = max(peak, sum(net) + profile.peak)
+        most = tuple(map(max, most, map(add, net, profile.most)))
+        net = tuple(map(add, net, profile.net))
+    return Profile(net, most, peak)
 
 
 class Block:
@@ -118,13 +112,12 @@ class Tape:
         for index in alive:
             self._marks[index] = ACTIVATIONS
         marks, now, most, total, peak = self._marks, [0] * 7, [0] * 7, 0, 0
-        at_peak: tuple[int, ...] = _NONE
         for index, size in self.events:
             category = marks[index]
             now[category] += size
             total += size
-            most[category] = max(most[category], now[category])
-            if total > peak:
-                peak, at_peak = total, tuple(now)
+            if size > 0:
+                most[category] = max(most[category], now[category])
+                peak = max(peak, total)
         self.events, self._open = [], set()
-        return Profile(tuple(now), tuple(most), peak, at_peak)
+        return Profile(tuple(now), tuple(most), peak)

@@ -65,7 +65,8 @@ def timeline(candidate: Candidate) -> Timeline:
     time, now = candidate.time, end
     tail = (
         ("exposed exchange", 0.0 if _gathers_in_passes(candidate) else time.data),
-        ("optimizer", time.optimizer),
+        ("optimizer", time.optimizer + time.newton_schulz),
+        ("exposed exchange", time.pieces),
     )
     for kind, seconds in (*tail, ("host", time.host)):
         if seconds > 0:

@@ -17,7 +17,7 @@ from fullweight.planner.job import Job
 from fullweight.planner.shapes import work_of_v4
 from fullweight.planner.topology import expert_routes, placements
 
-PRO = work_of_v4(DeepSeekV4Config.preset("pro"), 4096)
+PRO = work_of_v4(DeepSeekV4Config.preset("pro"), [4096])
 
 jobs = st.builds(
     lambda name, tensor, pipeline, expert, data, recompute, virtual: Job(

@@ -16,13 +16,19 @@ from fullweight.models.deepseek_v4.model import DeepSeekV4
 from fullweight.ops import reference
 from fullweight.ops.ascend import attention as lists
 from fullweight.ops.cpu import attention, experts, loss
+from fullweight.optim import buckets, muon
 from fullweight.parallel.config import Layout, ParallelConfig
-from fullweight.planner import ascend as planned_for_ascend
-from fullweight.planner import operations
+from fullweight.planner import muon as planned_muon
 from fullweight.planner.chips import chip
-from fullweight.planner.elements import OPERATIONS, Around, block_pass
+from fullweight.planner.elements import Around, block_pass
 from fullweight.planner.memory import MemoryModel, Setting, StageMemory, memory_of, num_groups
+from fullweight.planner.operations import SETS, rounded_rows
+from fullweight.planner.operations import attention as planned_attention
+from fullweight.planner.operations import experts as planned_experts
+from fullweight.planner.operations.ascend import attention as ascend_attention
+from fullweight.planner.operations.ascend import experts as ascend_experts
 from fullweight.planner.passes import Row
+from fullweight.planner.recorded import planned
 from fullweight.planner.sharding import NOTHING, unit_of
 from fullweight.planner.shards import block_shapes, held, root_shapes
 from fullweight.planner.tape import CATEGORIES
@@ -35,16 +41,6 @@ BOUND = 0.03  # of each category and of the peak
 # A category of less than this share of the peak is held to this share of it: tiny layouts have some of a few
 # kilobytes, in which the counters and flags that the planner leaves out weigh.
 FLOOR = 0.001
-
-
-def planned(record: dict[str, Any]) -> list[StageMemory]:
-    config = DeepSeekV4Config.preset(record["model"]["preset"], **record["model"]["changes"])
-    parallel = ParallelConfig.model_validate(record["parallel"])
-    layout = parallel.layout(record["ranks"], config, record["row_tokens"], record["rows_per_step"])
-    setting = Setting(
-        record["row_tokens"], record["micro_batches"], record["optimizer"], operations=record["operations"]
-    )
-    return memory_of(config, parallel, layout, setting)
 
 
 def compare(found: StageMemory, most_by_category: dict[str, int], peak_bytes: int) -> None:
@@ -78,18 +74,21 @@ def test_every_category_of_every_recorded_role(record: dict[str, Any]) -> None:
 
 def test_sizes_are_those_of_the_operations() -> None:
     """The planner imports no torch, so what the operations are cut into is written down there too."""
-    assert operations._BLOCK == attention.BLOCK
-    assert operations._CHUNK == attention.CHUNK
-    assert operations._SCORES == attention.SCORES
-    assert operations._GROUP == experts.GROUP
-    assert operations._LOGITS == loss.LOGITS
-    assert operations._ROWS == loss.ROWS
-    assert planned_for_ascend._QUERIES == reference.QUERY_CHUNK
-    assert planned_for_ascend._LOGITS == reference.TOKEN_CHUNK
-    assert planned_for_ascend._PLACES == lists.STEP
-    assert planned_for_ascend._ROTARY == lists.ROTARY_DIM
+    assert planned_attention.BLOCK == attention.BLOCK
+    assert planned_attention.CHUNK == attention.CHUNK
+    assert planned_attention.SCORES == attention.SCORES
+    assert planned_experts.GROUP == experts.GROUP
+    assert planned_experts.LOGITS == loss.LOGITS
+    assert planned_experts.ROWS == loss.ROWS
+    assert ascend_attention.QUERIES == reference.QUERY_CHUNK
+    assert ascend_experts.LOGITS == reference.TOKEN_CHUNK
+    assert ascend_attention.PLACES == lists.STEP
+    assert ascend_attention.ROTARY == lists.ROTARY_DIM
+    assert planned_muon.CHUNK_ENTRIES == muon.CHUNK_ENTRIES
+    assert planned_muon.BUCKET_BYTES == buckets.BUCKET_BYTES
+    assert len(muon.COEFFICIENTS) == planned_muon.ITERATIONS
     for rows in range(0, 2000, 7):
-        assert operations.rounded_rows(rows) == experts.rounded_rows(rows)
+        assert rounded_rows(rows) == experts.rounded_rows(rows)
 
 
 def test_shapes_are_those_of_the_model() -> None:
@@ -103,7 +102,7 @@ def test_shapes_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-@pytest.mark.parametrize("operations", OPERATIONS)
+@pytest.mark.parametrize("operations", SETS)
 def test_a_block_gives_back_what_it_took_but_the_gradients(layer: int, policy: str, operations: str) -> None:
     """Forward and backward: what is left is every matrix's gradient once, and the gradient of the streams."""
     config = DeepSeekV4Config.preset("tiny")

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from tests.processes import fullweight
 
 from fullweight.core.errors import ConfigError
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config, LayerKind
+from fullweight.models.deepseek_v4.flops import training_flops
 from fullweight.parallel.config import ParallelConfig
 from fullweight.planner import explain, space
 from fullweight.planner.basis import interval, terms
 from fullweight.planner.chips import chip
 from fullweight.planner.explain import more_memory, neighbours, reliability, sensitivity, unknowns
 from fullweight.planner.recipe import recipe_text
-from fullweight.planner.search import Candidate, Planner, Request, easy_batches, mfu
+from fullweight.planner.search import Candidate, Planner, Request, easy_batches, mfu, model_flops
 from fullweight.train.config import RunConfig
 
 FLASH = DeepSeekV4Config.preset("flash")
@@ -142,6 +143,54 @@ def test_documents_in_a_row_keep_the_tokens_of_a_step() -> None:
     assert config["data"]["row_tokens"] * config["train"]["rows_per_step"] == 4096 * 256
     with pytest.raises(ConfigError, match="do not fill rows of 3"):
         PLANNER.evaluated(ParallelConfig(), 3)
+
+
+def test_attention_is_by_document() -> None:
+    """A row of 512 documents of 8 tokens: no entry of HCA, two of CSA, and keys counted one by one."""
+    base = ParallelConfig(expert=64, recompute="full")
+    whole = PLANNER.evaluated(base)
+    planner = Planner(request(lengths=(8,)))
+    short = planner.evaluated(base)
+    pairs = sum(min(t + 1, FLASH.sliding_window) for t in range(8))
+    entries = sum(min((t + 1) // 4, FLASH.index_topk) for t in range(8))
+    heads, csa = FLASH.num_attention_heads * FLASH.head_dim, FLASH.count_layers(LayerKind.CSA)
+    keys = 4 * heads * (FLASH.num_hidden_layers * pairs + csa * entries)
+    scores = csa * 2 * FLASH.index_n_heads * FLASH.index_head_dim * sum((t + 1) // 4 for t in range(8))
+    assert planner.work.attention_flops == pytest.approx((keys + scores) / 8)
+    # the MTP block's window is counted with its products
+    assert short.job.work.gemm_flops == pytest.approx(whole.job.work.gemm_flops, rel=0.01)
+    assert short.job.work.expert_flops == whole.job.work.expert_flops
+    assert short.time.compute < whole.time.compute
+    assert short.memory == whole.memory  # a row is counted as one document, which sees the most
+
+
+def test_a_mix_of_documents_counts_as_the_ledger_does() -> None:
+    """MFU's FLOPs are those of the lengths together, by token, whatever their order."""
+    lengths = (100, 900, 3096)
+    mixed = request(lengths=lengths)
+    assert model_flops(mixed) == pytest.approx(256 * training_flops(FLASH, lengths).total, rel=1e-12)
+    assert model_flops(request(lengths=lengths[::-1])) == model_flops(mixed)
+    assert model_flops(request(lengths=(4096,))) == model_flops(request())
+
+
+def test_a_capacity_bounds_what_experts_take() -> None:
+    """With twice the mean load, a factor of 1.25 leaves 1.25 of it; one above the load changes nothing."""
+    skewed = Planner(request(skew=2.0))
+    base = ParallelConfig(expert=64, recompute="none", offload_optimizer=True)
+    free = skewed.evaluated(base)
+    bounded, loose = (
+        skewed.evaluated(base.model_copy(update={"expert_capacity_factor": factor})) for factor in (1.25, 3.0)
+    )
+    assert loose.seconds == free.seconds
+    assert loose.memory == free.memory
+    assert bounded.job.expert_load == 1.25
+    work = free.job.work.expert_flops
+    assert work == bounded.job.work.expert_flops
+    assert bounded.time.expert == pytest.approx(free.time.expert * 1.25 / 2.0)
+    assert bounded.fullest.activations < free.fullest.activations
+    planned = Planner(request(skew=2.0, capacity=1.25)).search(1).best[0]
+    assert planned.parallel.expert_capacity_factor == 1.25
+    assert tomllib.loads(recipe_text(skewed.request, planned))["parallel"]["expert_capacity_factor"] == 1.25
 
 
 def test_every_part_says_what_it_rests_on() -> None:
@@ -284,6 +333,7 @@ def test_the_command_plans_emits_and_records(tmp_path: Path) -> None:
     result = fullweight(
         *("plan", "deepseek-v4-flash", "--chip", "ascend-910c", "--chips", "64", "--global-batch", "256"),
         *("--steps", "100", "--price", "2", "--emit", recipe, "--json", record),
+        *("--optimizer", "muon", "--capacity-factor", "1.5", "--document-lengths", "300,1500"),
     )
     assert result.ok
     assert "128 dies of ascend-910c" in result.output
@@ -291,6 +341,9 @@ def test_the_command_plans_emits_and_records(tmp_path: Path) -> None:
     assert recipe.is_file()
     (plan,) = json.loads(record.read_text())
     assert plan["layouts"][0]["cost"] > 0
+    assert plan["layouts"][0]["seconds_by_part"]["newton_schulz"] > 0
+    assert plan["document_lengths"] == [300, 1500]
+    assert tomllib.loads(recipe.read_text())["parallel"]["expert_capacity_factor"] == 1.5
     assert plan["reliability"]["replica_recovery"] is False
 
 
@@ -299,6 +352,8 @@ def test_mistakes_are_one_message() -> None:
     result = fullweight(*base, "--chip", "ascend-910")
     assert not result.ok
     assert "unknown chip 'ascend-910'; did you mean" in result.output
+    result = fullweight(*base, "--chip", "h100", "--document-lengths", "100,9000")
+    assert "--document-lengths '100,9000': expected whole numbers from 1 to the row's 4096" in result.output
     result = fullweight(*base, "--chip", "h100", "--compare", "h200")
     assert "expected a chip and a number of chips" in result.output
 

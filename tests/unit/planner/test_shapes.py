@@ -69,7 +69,7 @@ def test_a_shape_may_be_written_by_hand(tmp_path: Path) -> None:
 def test_v4_is_its_exact_count(preset: str) -> None:
     """Three times forward; the ledger's training count takes off what the indexer's detached input saves."""
     config = DeepSeekV4Config.preset(preset)
-    work = work_of_v4(config, 4096)
+    work = work_of_v4(config, [4096])
     assert work.dense_parameters + work.expert_parameters == config.num_parameters(mtp=True)
     assert work.training_flops == pytest.approx(training_flops_per_token(config, [4096]), rel=0.02)
     assert sum(work.stage_costs) == pytest.approx(work.training_flops / 3, rel=1e-9)
