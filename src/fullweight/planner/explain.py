@@ -123,14 +123,15 @@ def more_memory(best: Candidate, found: Sequence[Neighbour]) -> list[Effect]:
 def _changes(best: Candidate) -> Iterator[tuple[str, ParallelConfig, int]]:
     """(in words, the layout, documents in a row)."""
     parallel, documents = best.parallel, best.documents
-    for change, changes in _one_setting(parallel):
+    for change, changes in _one_setting(parallel, best.layout.dense):
         yield change, parallel.model_copy(update=changes), documents
     for number in (2 * documents, documents // 2):
         if number:
             yield f"{number} document{'s' if number > 1 else ''} in a row", parallel, number
 
 
-def _one_setting(parallel: ParallelConfig) -> Iterator[tuple[str, dict[str, object]]]:
+def _one_setting(parallel: ParallelConfig, dense: int) -> Iterator[tuple[str, dict[str, object]]]:
+    """(in words, what changes); experts follow where a stage or copy has fewer ranks than they are dealt over."""
     for axis in ("tensor", "pipeline", "context", "expert", "replicate"):
         size = getattr(parallel, axis)
         for other in (size * 2, size // 2):
@@ -141,7 +142,11 @@ def _one_setting(parallel: ParallelConfig) -> Iterator[tuple[str, dict[str, obje
                 changes |= {"stage_layers": ()}
             if axis == "pipeline" and other == 1:
                 changes |= {"schedule": "1f1b", "virtual_stages": 1, "reshard_after": "step"}
-            yield f"{axis} {other}", changes
+            words = f"{axis} {other}"
+            if axis in ("pipeline", "replicate") and other > size and parallel.expert > dense // 2:
+                changes |= {"expert": dense // 2}
+                words += f", expert {dense // 2}"
+            yield words, changes
     if parallel.pipeline > 1:
         yield from _other_schedules(parallel)
     for policy in ("none", "selective", "full"):

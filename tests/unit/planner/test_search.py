@@ -217,6 +217,8 @@ def test_neighbours_say_why_not() -> None:
     assert any("GiB; the most are" in reason for reason in found.values())
     assert any("slower" in reason for reason in found.values())
     assert len(found) >= 6
+    assert PLAN.best[0].parallel.expert == 128  # of 128 ranks, so experts follow where a stage has fewer
+    assert "must divide" not in found["pipeline 2, expert 64"]
 
 
 def test_what_would_fit_does() -> None:
