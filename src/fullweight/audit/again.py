@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from fullweight.audit import stack
 from fullweight.audit.recorded import Recorded, Segment
@@ -48,6 +49,7 @@ class Means:
     device: str | None = None
     threads: int | None = None
     scratch: Path | None = None  # where the temporary folder is made
+    nudge: int = 0  # which of the last bits of every weight are turned before the first step
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def repeat(
                     begun = _saved(run, folder)
                 else:
                     run.state.restore(now)
+                if not records and means.nudge:
+                    _turn_bits(run, means.nudge)
                 line, world = recorded.steps.get(segment.last, {}), recorded.world_at(segment.last)
                 reasons += stack.differences(environment, code, world, line.get("operations"), run)
                 records += [one_step(run) for _ in segment.steps]
@@ -161,6 +165,15 @@ def replay_values(
         default = ParallelConfig()
         values["parallel"] = {**values["parallel"], **{name: getattr(default, name) for name in _AXES}}
     return values
+
+
+def _turn_bits(run: Run, bits: int) -> None:
+    """Move every fp32 weight by as much as a rounding does, whatever ranks hold it: by its own last bits."""
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if local.dtype is torch.float32:
+                local.detach().view(torch.int32).bitwise_xor_(bits)
 
 
 def _assembled(

@@ -3,7 +3,10 @@
 The steps are those of training itself (`train.loop.one_step`), in a temporary folder; the recorded run is only
 read. On the same stack (`stack.py`) every value and every bit of the state at the window's end must be equal. On
 another one, losses and weights must be within a bound that rounding keeps and what is worth faking does not
-(docs/evidence.md has the measurements).
+(docs/evidence.md has the measurements). Which experts and entries a token takes can be so nearly tied that
+rounding decides it, and then honest steps are further apart. So a window beyond the bound is repeated a few times
+more, its first weights nudged by a rounding each time: when one of these is within the bound of the record, the
+record is one of the outcomes of these steps. The bound stays; what ties could only explain is not checkable there.
 
 What a window shows: these steps, from that state, with these data, give what was recorded. Not that the state it
 starts from was made by training (draw more windows), nor that nothing else was trained in secret.
@@ -11,13 +14,15 @@ starts from was made by training (draw more windows), nor that nothing else was 
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,10 @@ from fullweight.train.run_folder import RunFolder
 TENSOR_BOUND = 0.3
 """Of one tensor's effect; a matrix that one step in two left as it was is at 0.5."""
 _LEAST_SHARE = 1e-2  # of the bound: what a tensor must contribute to be judged on its own
+NUDGES = (1, 2, 3, 4)
+"""Bits that are turned in turn: one to four units in a weight's last place, as much as rounding adds up to."""
+_SPREADS = 4.0  # how many times the spread of such outcomes a record may be away and still be one that was not met
+_TIES = 30.0  # times the bound: no tie of single tokens puts a window further; one of 512 put it at 3
 
 
 def default_bound(config: dict[str, Any], num_steps: int) -> float:
@@ -87,6 +96,33 @@ class ReplayResult:
     distance: StateDistance | None = None  # None without a kept state at the window's end
     roots: tuple[StateRoot, StateRoot] | None = None  # of the recorded state at the end and of the replayed one
     seconds: float = 0.0
+    nudge: int = 0  # bits that were turned in the first weights of the repetition that this tells of
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How far two outcomes of a window are apart: largest of losses and norms, effect, moments, largest tensor."""
+
+    losses: float
+    effect: float
+    moments: float
+    tensor: float
+
+    @staticmethod
+    def of(differing: Sequence[Divergence], apart: StateDistance | None, bound: float) -> _Size:
+        """Infinite where something differs that no rounding makes differ."""
+        far = max(
+            (math.inf if d.relative is None else d.relative for d in beyond(list(differing), bound)), default=0.0
+        )
+        if apart is None:
+            return _Size(far, 0.0, 0.0, 0.0)
+        counted = [d for d in apart.tensors if d.note is not None or d.share > _LEAST_SHARE * bound]
+        tensor = max((math.inf if d.effect is None else d.effect for d in counted), default=0.0)
+        return _Size(far, apart.effect, apart.moments, tensor)
+
+    def within(self, other: _Size, times: float) -> bool:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return all(mine <= times * theirs for mine, theirs in pairs)
 
 
 def replay(
@@ -142,7 +178,58 @@ def _window(recorded: Recorded, window: Window, ranks: Ranks, means: Means, boun
         except FullweightError as error:
             return replace(blank, verdict=Verdict.unchecked, reason=str(error))
         judged = peers.on_main(lambda: _judged(recorded, again, end, blank))
+        if judged.verdict is Verdict.refuted and judged.stack:
+            judged = _nudged(recorded, window, start, end, ranks, folder, means, again, judged)
     return replace(judged, seconds=time.perf_counter() - began)
+
+
+def _nudged(
+    recorded: Recorded,
+    window: Window,
+    start: Generation | None,
+    end: Generation | None,
+    ranks: Ranks,
+    folder: Path,
+    means: Means,
+    plain: Again,
+    judged: ReplayResult,
+) -> ReplayResult:
+    """What to make of a window beyond the bound, when rounding may have decided what is nearly tied; all ranks."""
+    peers, blank = Peers(), ReplayResult(window, Verdict.refuted, "", judged.bound)
+    found = _Size.of(judged.differing, judged.distance, judged.bound)
+    if max(found.losses, found.effect, found.moments) > _TIES * judged.bound or found.tensor == math.inf:
+        return judged
+    spread = _Size(0.0, 0.0, 0.0, 0.0)
+    for bits in NUDGES:
+        inner = folder / f"nudged-{bits}"
+        peers.on_main(partial(inner.mkdir))
+        again = repeat(recorded, window, start, ranks, inner, replace(means, nudge=bits))
+        other = peers.on_main(partial(_judged, recorded, again, end, blank))
+        if other.verdict is Verdict.verified:
+            told = f"{other.reason}, once the weights were nudged by a rounding, which decides a near tie"
+            return replace(other, reason=told, nudge=bits)
+        spread = _wider(spread, peers.on_main(partial(_apart, plain, again, judged.bound)))
+        peers.on_main(partial(shutil.rmtree, inner, ignore_errors=True))
+    if not found.within(spread, _SPREADS):
+        return judged
+    told = (
+        f"{judged.reason}; but weights nudged by a rounding give outcomes as far apart (by effect "
+        f"{spread.effect:.1e}, moments {spread.moments:.1e}): near ties decide here. Repeat a shorter window, or "
+        "repeat it on the same stack"
+    )
+    return replace(judged, verdict=Verdict.unchecked, reason=told, divergence=None, tensor=None)
+
+
+def _apart(plain: Again, nudged: Again, bound: float) -> _Size:
+    """How far two repetitions are apart; on this rank alone."""
+    pairs = enumerate(zip(plain.records, nudged.records, strict=True))
+    differing = [d for step, (a, b) in pairs for d in divergences({**a, "step": step}, b)]
+    architecture = DeepSeekV4Config.from_published(plain.end.manifest.facts.model, str(plain.end.path))
+    return _Size.of(differing, distance(plain.end, nudged.end, plain.start, *_modules(architecture)), bound)
+
+
+def _wider(a: _Size, b: _Size) -> _Size:
+    return _Size(*(max(pair) for pair in zip(astuple(a), astuple(b), strict=True)))
 
 
 def _kept(recorded: Recorded, step: int) -> Generation | None:

@@ -67,8 +67,9 @@ def replay_command(
 ) -> None:
     """Repeat steps of a run from a kept state and compare losses, gradients and weights with its record.
 
-    On the same machine and number of threads every bit must be equal, elsewhere within a bound. Exit status 0:
-    verified, 1: refuted, 3: not checkable here. Under torchrun several ranks work together.
+    On the same machine and number of threads every bit must be equal, elsewhere within a bound; a window beyond it
+    is repeated with its first weights nudged by a rounding, which decides near ties. Exit status 0: verified, 1:
+    refuted, 3: not checkable here. Under torchrun several ranks work together.
     """
     from fullweight.audit.again import Means
     from fullweight.audit.recorded import Recorded

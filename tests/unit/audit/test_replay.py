@@ -18,6 +18,7 @@ import torch
 from tests.processes import fullweight
 from tests.unit.audit.cheating import DROPPED, FASTER, MATRIX
 
+from fullweight.audit import replay as audit_replay
 from fullweight.audit.again import Means
 from fullweight.audit.replay import Agreement, ReplayResult, Verdict, replay
 from fullweight.audit.windows import Window
@@ -105,6 +106,38 @@ def test_another_stack_is_held_to_the_bound(honest: Path) -> None:
     assert found.distance is not None
     assert 0 < found.distance.effect < found.bound
     assert 0 < found.distance.moments < found.bound
+
+
+def test_what_a_rounding_decides_is_no_refutation_and_no_bound_is_widened(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that differs by a nudge of its first weights is met by nudging.
+
+    As where an expert or an entry was nearly tied: the bound here is less than what the nudge does.
+    """
+    run, window = tmp_path / "run", [Window(0, 2)]
+    short = settings(data, **{"train.num_steps": "2"})
+    ended = fullweight(
+        "train", "recipes/tiny_smoke.toml", *short, "--output", run, call="tests.unit.audit.cheating:nudge"
+    )
+    assert ended.ok, ended.output
+    plain = again(run, "0:2", OTHER_STACK)
+    assert (plain.verdict, plain.nudge) == (Verdict.verified, 0)
+    assert plain.distance is not None
+    bound = max(plain.distance.effect, plain.distance.moments) / 2
+    monkeypatch.setattr(audit_replay, "NUDGES", (4,))
+    [met] = replay(run, window, OTHER_STACK, bound)
+    assert (met.verdict, met.agreement, met.nudge) == (Verdict.verified, Agreement.bounded, 4), met.reason
+    assert met.distance is not None
+    assert max(met.distance.effect, met.distance.moments) <= bound
+    assert "once the weights were nudged by a rounding" in met.reason
+
+    monkeypatch.setattr(audit_replay, "NUDGES", (3,))
+    [open_end] = replay(run, window, OTHER_STACK, bound)
+    assert open_end.verdict is Verdict.unchecked, open_end.reason
+    assert "near ties decide here" in open_end.reason
+    monkeypatch.setattr(audit_replay, "NUDGES", ())
+    assert replay(run, window, OTHER_STACK, bound)[0].verdict is Verdict.refuted
 
 
 @pytest.mark.parametrize(
