@@ -25,7 +25,7 @@ JOBS = ("cut", "sew", "pack", "load", "sort", "weld", "paint", "print")
 
 _DIGITS = range(2, 10)
 _TWO_DIGITS = range(10, 100)
-_NUM_STOPS = 14
+_NUM_STOPS = 7
 # Offers of two quantities at two prices with different totals.
 _OFFERS = [(a, p, b, q) for a in _DIGITS for p in _DIGITS for b in _DIGITS for q in _DIGITS if a * p != b * q]
 # (unit cost, budget) that buys one to nine whole units.
@@ -107,8 +107,11 @@ def _add(choose: Chooser) -> Problem:
     )
     ones = a % 10 + b % 10
     carry = ones // 10
-    tens = a // 10 + b // 10 + carry
-    steps = f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. Tens: {a // 10} + {b // 10} + {carry} = {tens}."
+    tens = a // 10 + b // 10
+    steps = (
+        f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. "
+        f"Tens: {a // 10} + {b // 10} = {tens}, {tens} + {carry} = {tens + carry}."
+    )
     return Problem(question, steps, str(a + b))
 
 
@@ -188,10 +191,11 @@ def _stops(choose: Chooser) -> Problem:
             f"At {_NUM_STOPS} stops {name} leaves {listed} {goods}. What is the total?",
         )
     )
-    total, steps = loads[0], []
-    for load in loads[1:]:
-        steps.append(f"{total} + {load} = {total + load}.")
-        total += load
+    total, left, steps = loads[0], loads[1:], []
+    while left:
+        step = f"{total} + {left[0]} = {total + left[0]}"
+        total, left = total + left[0], left[1:]
+        steps.append(f"{step}, left {', '.join(map(str, left))}." if left else f"{step}.")
     return Problem(question, " ".join(steps), str(total))
 
 
@@ -203,6 +207,6 @@ WARM_UP_TASKS = (
     WarmUpTask("lookup", "look two prices up in a list and compare them", _lookup),
     WarmUpTask("offers", "compare two totals of quantity times price", _offers),
     WarmUpTask("pairing", "two workers, two jobs: the cheaper of two assignments", _pairing),
-    WarmUpTask("stops", "a long sum, one addition a step (a document of about 180 tokens)", _stops),
+    WarmUpTask("stops", "a long sum, one addition a step (a document of about 170 tokens)", _stops),
     WarmUpTask("total", "one-digit quantity times one-digit price", _total),
 )
