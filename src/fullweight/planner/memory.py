@@ -173,7 +173,7 @@ class MemoryModel:
 
     def _update(self, layout: Layout, layers: list[int], first: bool, last: bool, *, offload: bool) -> Update:
         """Muon's step on a rank with these layers."""
-        kinds = tuple(self._kind(layer) for layer in layers)
+        kinds = tuple(self.kind(layer) for layer in layers)
         key = (kinds, first, last, layout.shard, layout.context, layout.tensor, layout.expert, offload)
         if key not in self._updates:
             shapes = list(root_shapes(self.config, first, last))
@@ -190,14 +190,14 @@ class MemoryModel:
 
     def _stacks(self, layout: Layout, layer: int) -> tuple[Stack, ...]:
         """Muon's parameters of one block."""
-        key = (self._kind(layer), layout.shard, layout.context, layout.tensor, layout.expert)
+        key = (self.kind(layer), layout.shard, layout.context, layout.tensor, layout.expert)
         if key not in self._matrices:
             found = (stack_of(self.config, layout, *one) for one in block_shapes(self.config, layer))
             self._matrices[key] = tuple(s for s in found if s is not None)
         return self._matrices[key]
 
-    def _kind(self, layer: int) -> LayerKind | None:
-        """None for the MTP block's."""
+    def kind(self, layer: int) -> LayerKind | None:
+        """Of a layer's parameters; None for the MTP block's."""
         return None if layer == self.config.num_hidden_layers else self.config.layer_kind(layer)
 
     def _pass(self, what: str, row: Row, which: int, around: Around) -> Pass:
@@ -238,7 +238,7 @@ class MemoryModel:
 
     def block(self, layout: Layout, layer: int, adamw: bool) -> tuple[Sums, Unit]:
         """What the rank that holds most has of one block."""
-        kind = self._kind(layer)
+        kind = self.kind(layer)
         key = (kind, layout.shard, layout.replicate, layout.context, layout.tensor, layout.expert, adamw)
         if key not in self._blocks:
             parameters = held(self.config, layout, block_shapes(self.config, layer), adamw=adamw)

@@ -1,9 +1,8 @@
 """A quick look at a layout's memory, for a search over tens of thousands: which are worth a replay (`memory.py`).
 
-Beside recorded rehearsals with a CPU's operations it is between 47 % low, where a schedule puts weight gradients
-off, and 7 % high, but for one interleaved stage of Pro (23 %); with Ascend's, which it does not tell apart,
-between 56 % low, where nothing is recomputed, and exact. A layout that it finds more than `CLOSE` times too large
-does not fit, one that it finds small enough is counted.
+Beside recorded rehearsals of Flash and Pro it is between 47 % low, where a schedule puts weight gradients off, and
+2 % high, one layout with Muon 9 %. A layout that it finds more than `CLOSE` times too large does not fit, one that
+it finds small enough is counted.
 Models narrower than `SMALL` are counted at once. State is exact; activations are counted tensor by tensor for
 each kind of block (`_kept`), times the micro-batches that the schedule holds at once; temporaries and buffers are
 what a block's backward pass needs beside that.
@@ -13,6 +12,7 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 from fullweight.models.deepseek_v4.config import CSA_RATIO, HCA_RATIO, DeepSeekV4Config, LayerKind
 from fullweight.models.deepseek_v4.parts import Part, parts_of
@@ -37,6 +37,7 @@ def screened(
         yield _rank_memory(model, parallel, layout, setting, rank, [parts[s] for s in mine])
 
 
+@cache
 def in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> list[tuple[int, ...]]:
     """Moments of the schedule: micro-batches whose activations each of the rank's stages holds at once.
 
@@ -53,7 +54,8 @@ def in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> list[t
     # torch's interleaved schedules: rounds of micro-batches through all stages, then one forward for one backward
     each_round = micro_batches // max(1, micro_batches // ranks)
     total = virtual * micro_batches
-    warm_up = min((virtual - 1) * each_round + 2 * (ranks - 1 - rank), total)
+    ahead = 1 if parallel.schedule == "zero_bubble" else 2  # what torch's schedules are ahead of the next rank by
+    warm_up = min((virtual - 1) * each_round + ahead * (ranks - 1 - rank), total)
     now, moments = [0] * virtual, set()
     for number in range(total):
         now[number // each_round % virtual] += 1
@@ -76,7 +78,10 @@ def _rank_memory(
     first, last = any(part.is_first for part in parts), any(part.is_last for part in parts)
     mtp = last and config.num_nextn_predict_layers > 0
     everywhere = [*layers, *([config.num_hidden_layers] if mtp else [])]
-    blocks = [model.block(layout, layer, adamw)[0] for layer in everywhere]
+    kinds = [model.kind(layer) for layer in everywhere]
+    one_of = dict(zip(kinds, everywhere, strict=True))
+    of_kind = {kind: model.block(layout, layer, adamw)[0] for kind, layer in one_of.items()}
+    blocks = [of_kind[kind] for kind in kinds]
     root = model.root(layout, first, last, adamw)[0]
     numbers = root.here + sum(b.here for b in blocks)
     moments = 0 if parallel.offload_optimizer else root.moments + sum(b.moments for b in blocks)
@@ -106,6 +111,11 @@ def _rank_memory(
         temporary = waiting + max(block, table, head)
         own = gradients - _FP32 * (root.here_gathered + sum(b.here_gathered for b in blocks))
         backward = temporary
+        flights = max(map(sum, in_flight(parallel, rank, setting.micro_batches)))
+        if flights == setting.micro_batches * parallel.virtual_stages:
+            # all forward passes come first: no gradient is there before some activations have gone
+            made = (waiting + own) // parallel.virtual_stages - kept // flights
+            backward, own = max(block, table, head) + max(made, 0), 0
     else:
         waiting = _FP32 * root.gathered
         # a block's experts come first in backward and are reduced before its attention's gradients are made
@@ -140,7 +150,7 @@ def _activations(
     def of_layer(layer: int) -> float:
         kind = config.layer_kind(layer), config.is_hash_layer(layer)
         if kind not in known:
-            known[kind] = _kept(config, parallel.recompute, layout, layer, setting.load)
+            known[kind] = _kept(config, parallel.recompute, layout, layer, setting)
         return known[kind]
 
     for part in parts:
@@ -148,7 +158,7 @@ def _activations(
         one += payload if staged or part.is_first else 0.0  # what came in, or the embedding
         one += 4 * 2 * config.qk_rope_head_dim + 48  # cosines and sines of both kinds; ids, positions, masks
         if part.is_last:
-            one += _kept_behind(config, parallel.recompute, layout, setting.load)
+            one += _kept_behind(config, parallel.recompute, layout, setting)
         weights.append(one)
     moments = in_flight(parallel, rank, setting.micro_batches)
     total = max(sum(w * f for w, f in zip(weights, flight, strict=True)) for flight in moments)
@@ -164,7 +174,7 @@ def _activations(
     return int(total * tokens + heads)
 
 
-def _kept(config: DeepSeekV4Config, policy: str, layout: Layout, layer: int, skew: float) -> float:
+def _kept(config: DeepSeekV4Config, policy: str, layout: Layout, layer: int, setting: Setting) -> float:
     """Bytes that one main layer (or the MTP block's) keeps of each token of the rank's slice."""
     d, n, k = config.hidden_size, config.hc_mult, config.num_experts_per_tok
     streams = n * d * _BF16
@@ -190,21 +200,26 @@ def _kept(config: DeepSeekV4Config, policy: str, layout: Layout, layer: int, ske
     elif kind is LayerKind.HCA:
         attention += 2 * c * _FP32 + c * (_FP32 + _BF16) / HCA_RATIO
     hyper = 2 * maps * _FP32 + 2 * n * n * _FP32 + 4 * n * _FP32 + 2 * _FP32
+    if setting.operations == "ascend":  # plain torch keeps the streams in fp32, thrice for each sublayer
+        sinkhorn = (2 * config.hc_sinkhorn_iters - 1) * (n * n + n)
+        hyper += 2 * (3 * n * d + d + sinkhorn) * _FP32
+        attention += heads * c * _BF16  # the output before it is rotated back too
     gate = 3 * experts * _FP32 + (0 if config.is_hash_layer(layer) else experts * _FP32) + k * 12 + 16
     routed: float = indices + 4 * k
     if policy == "none":
+        skew = setting.load
         routed += k * 2 * f * _BF16 * skew + (k * (d * _BF16 + 64) * skew if layout.expert > 1 else 0)
     shared = 2 * f * _BF16 + d * _BF16
     return streams + attention + hyper + gate + routed + shared
 
 
-def _kept_behind(config: DeepSeekV4Config, policy: str, layout: Layout, skew: float) -> float:
+def _kept_behind(config: DeepSeekV4Config, policy: str, layout: Layout, setting: Setting) -> float:
     """Bytes of each token that the heads and the MTP block keep."""
     d, n = config.hidden_size, config.hc_mult
     heads = 2 * d * _BF16
     if not config.num_nextn_predict_layers:
         return heads
-    return heads + 3 * d * _BF16 + n * d * _BF16 + _kept(config, policy, layout, config.num_hidden_layers, skew)
+    return heads + 3 * d * _BF16 + n * d * _BF16 + _kept(config, policy, layout, config.num_hidden_layers, setting)
 
 
 def _temporaries(
@@ -228,7 +243,7 @@ def _temporaries(
     if parallel.recompute == "full":
         routed_again = rows + (2 * f + d) * _BF16
         made_again = (
-            max(_kept(config, "none", layout, i, setting.load) for i in _of_each_kind(config, layers, behind))
+            max(_kept(config, "none", layout, i, setting) for i in _of_each_kind(config, layers, behind))
             - n * d * _BF16
         )
     elif parallel.recompute == "selective":

@@ -326,10 +326,11 @@ class _Queue:
 
     def _open_schedule(self, fastest: Candidate) -> None:
         """Queue what is recomputed or offloaded with one schedule, unless the smallest layout is far too large."""
-        _, *others = space.policies(fastest.parallel)
-        layouts = [fastest, *(self._timed(p, fastest.layout, fastest.documents) for p in others)]
-        if self._asked(layouts[-1]) is not None:
-            for candidate in layouts:
+        _, *between, last = space.policies(fastest.parallel)
+        smallest = self._timed(last, fastest.layout, fastest.documents)
+        if self._asked(smallest) is not None:
+            layouts = [self._timed(p, fastest.layout, fastest.documents) for p in between]
+            for candidate in (fastest, *layouts, smallest):
                 self._push(candidate.seconds, partial(self._ask, candidate, 0))
 
     def _ask(self, candidate: Candidate, moves: int) -> Candidate | None:

@@ -22,6 +22,7 @@ from fullweight.planner.basis import interval, terms
 from fullweight.planner.chips import chip
 from fullweight.planner.explain import more_memory, neighbours, reliability, sensitivity, unknowns
 from fullweight.planner.recipe import recipe_text
+from fullweight.planner.screen import CLOSE
 from fullweight.planner.search import Candidate, Planner, Request, easy_batches, mfu, model_flops
 from fullweight.train.config import RunConfig
 
@@ -103,6 +104,27 @@ def test_no_layout_of_a_shape_beats_its_bound() -> None:
             if space.legal(schedule, shape.pipeline, 256 // shape.documents // layout.data_size):
                 for parallel in space.policies(space.parallel(shape, schedule)):
                     assert planner.timed(parallel, layout, shape.documents).seconds >= bound * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("device", ["ascend-910c", "h200"])
+@pytest.mark.parametrize("documents", [1, 2])
+def test_a_quick_look_drops_nothing_that_fits(device: str, documents: int) -> None:
+    """It never says more than `CLOSE` times what a replay does, of any rank, whatever is recomputed."""
+    planner = Planner(request(chip=chip(device)))
+    bases = [
+        ParallelConfig(expert=32, tensor=2),
+        ParallelConfig(pipeline=4, expert=32),
+        ParallelConfig(pipeline=2, expert=64, schedule="zero_bubble", virtual_stages=2),
+    ]
+    for base in bases:
+        for parallel in space.policies(base)[:3]:
+            layout = planner.layout(parallel, documents)
+            candidate = planner.timed(parallel, layout, documents)
+            looks, counts = list(planner.screened(candidate)), list(planner.ranks(candidate))
+            for look, count in zip(looks, counts, strict=True):
+                assert look.peak <= CLOSE * count.peak
+            if parallel.recompute != "full":  # and little less, or a search would replay what cannot fit
+                assert max(s.peak for s in looks) > 0.75 * max(s.peak for s in counts)
 
 
 def test_the_last_policy_needs_least() -> None:
