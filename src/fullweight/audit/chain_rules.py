@@ -204,7 +204,8 @@ def _finish(subject: Subject) -> Iterator[str]:
 )
 def _covers(subject: Subject) -> Iterator[str]:
     last = subject.history.last_step
-    known = {(e.get("generation"), e.get("manifest_sha256")): e.step for e in _checkpoint_events(subject)}
+    events = _checkpoint_events(subject)
+    known = {(str(e.get("generation")), str(e.get("manifest_sha256"))): e.step for e in events}
     for entry in subject.checkpoints:
         step = known.get((entry.name, entry.manifest_sha256))
         if step is None:
@@ -216,8 +217,8 @@ def _covers(subject: Subject) -> Iterator[str]:
         number = file.removeprefix("step-").removesuffix(".json")
         if folder == "samples" and (not number.isdecimal() or int(number) > last):
             yield f"{name} is of no step of the ledger, whose last is {last}"
-    recorded = {e.get("generation") for e in subject.history.events("checkpoint")}
-    for name in sorted(map(str, recorded - {entry.name for entry in subject.checkpoints})):
+    recorded = {str(e.get("generation")) for e in subject.history.events("checkpoint")}
+    for name in sorted(recorded - {entry.name for entry in subject.checkpoints}):
         yield f"the ledger has a checkpoint {name[:40]}, checkpoints.json has none"
 
 

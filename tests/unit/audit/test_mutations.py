@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 from tests.unit.audit.conftest import Honest
+from tests.unit.audit.forging import Forgery, named
 from tests.unit.audit.mutating import damage, fresh, retype
 
 from fullweight.audit.signing import Trust
@@ -38,6 +39,17 @@ def test_values_of_another_kind_are_judged_or_refused(honest: Honest, tmp_path: 
         retype(forgery, random)
         ends[_ended(forgery.root)] += 1
     assert min(ends["refused"], ends["refuted"]) > ROUNDS // 10, ends
+
+
+def test_a_checkpoints_event_with_lists_for_names(honest: Honest, tmp_path: Path) -> None:
+    """What no set can hold is judged like any other wrong name."""
+    forgery = Forgery(honest.bundle, tmp_path)
+    for key in ("generation", "manifest_sha256"):
+        lines = forgery.lines()
+        named(lines, "checkpoint")[0][key] = [{}]
+        forgery.write_lines(lines)
+        forgery.relist()
+        assert _ended(forgery.root) == "refuted"
 
 
 def _ended(root: Path, trust: Trust | None = None) -> str:
