@@ -312,5 +312,10 @@ def unknowns(best: Candidate) -> list[str]:
         and not name.endswith("_w")
         and (not name.startswith("links.") or any(name.startswith(link) for link in used))
     ]
+    if chip.operations == "cpu" and best.parallel.recompute != "full":
+        found.append(
+            "activations: a CPU's operations are counted; the chip's own keep the streams in fp32 twice more for "
+            "each sublayer (derived from ops/cuda.py, not measured), unless recompute is full"
+        )
     found.append("this system's own kernels on this chip: no run; efficiencies are those of published runs")
     return found

@@ -301,6 +301,11 @@ def test_reliability_by_hand() -> None:
 
 def test_what_is_unknown_is_told() -> None:
     assert any("expert load" in line for line in unknowns(PLAN.best[0]))
+    gpu = Planner(request(chip=chip("h200")))
+    for recompute, said in (("none", True), ("full", False)):
+        candidate = gpu.evaluated(ParallelConfig(expert=64, recompute=recompute))
+        assert any("ops/cuda.py" in line for line in unknowns(candidate)) is said
+    assert not any("ops/cuda.py" in line for line in unknowns(PLAN.best[0]))
     assert any("assumption" in line for line in unknowns(PLAN.best[0]))
 
 
