@@ -7,7 +7,7 @@ What computes each group is recorded (`implementations`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fullweight.core.config import nearest
 from fullweight.core.errors import OperationError
@@ -67,6 +67,11 @@ def implementations(operations: ReferenceOperations) -> dict[str, str]:
     """Which set computes each group: the set's name where it has its own, otherwise "reference"."""
     parts = {group: operations.part(group) for group in GROUPS}
     return {group: part.name if part.has_own(group) else "reference" for group, part in parts.items()}
+
+
+def torch_alone(names: Iterable[str]) -> list[str]:
+    """Those of the named sets that are made for a device and take any tensors: traced anywhere."""
+    return [name for name in names if name in OPERATIONS and OPERATIONS[name].torch_alone]
 
 
 def _known(name: str, device: str) -> str:

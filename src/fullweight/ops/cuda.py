@@ -1,9 +1,10 @@
 """Operations for CUDA: torch's own products, and formulas that `torch.compile` makes kernels of where that pays.
 
 Experts are torch's grouped products, bf16 as everywhere and of widths in eighths; another type or width raises.
-Attention and the indexer's loss are dense products (`dense.py`); norms, rotation, SwiGLU and `hyper_post` are the
-formulas of `fused.py`. The rest is the reference, which runs on CUDA as it is. Values and gradients are tested on
-the CPU, where all of it runs too, and on a GPU by `tests/device`.
+Attention and the indexer's loss are dense products (`dense.py`). Norms, rotation, SwiGLU and the mixing of streams
+are the formulas of `fused.py`, which keep for backward what came in, as it came. The rest is the reference, which
+runs on CUDA as it is. Values and gradients are tested on the CPU, where all of it runs too, and on a GPU by
+`tests/device`.
 
 FlexAttention was measured on one H200 and left: at 4,096 tokens, 64 heads of 512 channels, forward and backward
 took 295 ms in a sliding layer where the reference took 86, and 1.7 s with compressed entries (docs/nvidia.md).
@@ -55,6 +56,7 @@ class CudaOperations(AcceleratorOperations):
     """Torch's fused operations for CUDA."""
 
     name = "cuda"
+    torch_alone = True
     products = CudaProducts
 
     def takes(self, group: str, workload: Workload) -> bool:
@@ -71,6 +73,12 @@ class CudaOperations(AcceleratorOperations):
 
     def swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
         return fused.SwiGlu.apply(gate_up, limit)
+
+    def hyper_mix(self, streams: Tensor, pre: Tensor) -> Tensor:
+        return fused.HyperMix.apply(streams, pre)
+
+    def _hyper_logits(self, streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+        return fused.HyperLogits.apply(streams, fn, norm_eps)
 
     def hyper_post(self, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         return fused.HyperPost.apply(streams, y, post, comb)

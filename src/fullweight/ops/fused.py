@@ -1,10 +1,12 @@
-"""Norms, rotation, SwiGLU and the end of a sublayer as formulas that `torch.compile` makes one kernel each.
+"""Norms, rotation, SwiGLU and what a sublayer takes from the streams and gives to them, as formulas.
+
+`torch.compile` makes one kernel of each.
 
 Forward and backward are plain functions without autograd, so that one compiled kernel serves the forward pass and
 the same pass made again in backward: equal bits. What is narrow is widened once and rounded once, where the
 reference rounds between norm and rotation. Below `MANY` elements, and on a CPU, the formulas run as they are: each
-kind of arguments takes seconds to compile, which a small model never earns back (docs/nvidia.md). Left out:
-`hyper_pre`, whose products and Sinkhorn rounds the compiler made only a seventh faster.
+kind of arguments takes seconds to compile, which a small model never earns back (docs/nvidia.md). `HyperLogits` is
+not compiled, and Sinkhorn's rounds stay the reference's: the compiler made them only a seventh faster.
 """
 
 from __future__ import annotations
@@ -184,4 +186,53 @@ class HyperPost(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         streams, y, weights, comb = ctx.saved_tensors
         found: tuple[Tensor, ...] = run(post_backward, streams, grad.contiguous(), y, weights, comb)
+        return found
+
+
+class HyperLogits(torch.autograd.Function):
+    """fn @ flat / rms(flat) for streams [T, n, d] and wide fn [k, n*d]; keeps the streams narrow, as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, fn: Tensor, eps: float) -> Tensor:
+        flat = streams.flatten(1).to(fn.dtype)
+        inverse = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+        out = F.linear(flat, fn) * inverse
+        ctx.save_for_backward(streams, fn, inverse, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        streams, fn, inverse, out = ctx.saved_tensors
+        flat, scaled = streams.flatten(1).to(fn.dtype), grad * inverse
+        shrink = inverse.square() * (grad * out).sum(-1, keepdim=True) / flat.shape[-1]
+        dflat = torch.addcmul(scaled @ fn, flat, shrink, value=-1)
+        return dflat.to(streams.dtype).view(streams.shape), scaled.T @ flat, None
+
+
+def mix(streams: Tensor, pre: Tensor) -> Tensor:
+    """sum_i pre[i] * streams[i], as `ReferenceOperations.hyper_mix`."""
+    return (pre.unsqueeze(-1) * streams.to(pre.dtype)).sum(1).to(streams.dtype)
+
+
+def mix_backward(streams: Tensor, grad: Tensor, pre: Tensor) -> Result:
+    """Gradients of `mix` for both inputs."""
+    given = grad.to(pre.dtype).unsqueeze(1)
+    return (pre.unsqueeze(-1) * given).to(streams.dtype), (given * streams.to(pre.dtype)).sum(-1)
+
+
+class HyperMix(torch.autograd.Function):
+    """What a sublayer takes from the streams; keeps them narrow."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, pre)
+        out: Tensor = run(mix, streams, pre)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        streams, pre = ctx.saved_tensors
+        found: tuple[Tensor, ...] = run(mix_backward, streams, grad.contiguous(), pre)
         return found

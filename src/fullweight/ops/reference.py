@@ -104,6 +104,8 @@ class ReferenceOperations:
     """Plain torch. `name` is what recipes, `doctor` and the ledger call this set of operations."""
 
     name = "reference"
+    torch_alone = False
+    """Whether a set that is made for a device is torch's own operations throughout, which take any tensors."""
 
     @classmethod
     def for_group(cls, group: str) -> Self:

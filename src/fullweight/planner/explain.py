@@ -314,8 +314,8 @@ def unknowns(best: Candidate) -> list[str]:
     ]
     if chip.operations == "cpu" and best.parallel.recompute != "full":
         found.append(
-            "activations: a CPU's operations are counted; the chip's own keep the streams in fp32 twice more for "
-            "each sublayer (derived from ops/cuda.py, not measured), unless recompute is full"
+            "activations: a CPU's operations are counted; the chip's own hold 6 to 8 % more in two rehearsals of "
+            "layouts that do not recompute in full (fullweight rehearse --ops says how much here)"
         )
     found.append("this system's own kernels on this chip: no run; efficiencies are those of published runs")
     return found

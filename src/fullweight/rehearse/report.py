@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import pyplot
 from rich.table import Table
 
+from fullweight.ops import OPERATIONS, torch_alone
 from fullweight.rehearse.memory import CATEGORIES
 from fullweight.rehearse.result import Rehearsal, RoleResult
 from fullweight.report import page
@@ -73,7 +74,7 @@ def operations_note(rehearsal: Rehearsal) -> str:
             f"{others}: --device ascend --ops ascend counts them where the vendor's library for torch imports (no "
             "chip is needed: docs/ascend.md), and fullweight plan anywhere"
         )
-    return f"{others}; nothing was traced with them"
+    return f"{others}: --ops {torch_alone(OPERATIONS)[0]} counts them, on any machine"
 
 
 def write_page(rehearsal: Rehearsal, path: Path) -> None:

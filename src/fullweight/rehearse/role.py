@@ -12,10 +12,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.distributed.device_mesh import DeviceMesh
 
+from fullweight.core.errors import ConfigError
 from fullweight.core.types import Batch, CompressionTable, PackedLayout
+from fullweight.devices import DEVICES
 from fullweight.models.deepseek_v4.moe import Experts
+from fullweight.ops import torch_alone
 from fullweight.ops.cpu.experts import rounded_rows
 from fullweight.ops.cpu.sizes import Sizes, replaced
 from fullweight.parallel.config import Layout
@@ -50,6 +54,12 @@ class Assignment:
     routing: Routing
     device: str = "cpu"
 
+    @property
+    def operations_for(self) -> str | None:
+        """Whose operations are traced, where some are named that take a CPU's tensors too."""
+        asked = torch_alone([self.config.ops.default, *self.config.ops.chosen.values()])
+        return DEVICES[asked[0]].type if self.device == "cpu" and asked else None
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -80,7 +90,7 @@ def trace(assignment: Assignment, answers: Answers | None = None) -> RoleResult:
     with fake_ranks(assignment.rank, layout, device_of(assignment.device)) as ranks:
         names = axis_names(ranks.meshes)
         tracer = Tracer({group: axis for group, (axis, _) in names.items()})
-        plan = plan_model(config, ranks, architecture)
+        plan = plan_model(config, ranks, architecture, assignment.operations_for)
         with (
             SizesOnly(ranks.device) as mode,
             reading_ones(),
@@ -91,7 +101,13 @@ def trace(assignment: Assignment, answers: Answers | None = None) -> RoleResult:
                 if isinstance(module, Experts) and isinstance(module.dispatch, ExpertExchange):
                     module.dispatch = answers.exchange(module.dispatch)
             batches = [without_data(row, mode).to(ranks.device) for _ in range(assignment.micro_batches)]
-            traced_step(config, ranks, made, batches, tracer)
+            try:
+                traced_step(config, ranks, made, batches, tracer)
+            except DynamicOutputShapeException as error:
+                raise ConfigError(
+                    f"operations {plan.model.ops.name!r}: {error} makes as much as its values say, and a "
+                    "rehearsal has none; trace others (--ops)"
+                ) from None
     return summarise(assignment, tracer, dict(names.values()), time.perf_counter() - began)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fullweight.core.config import nearest
 from fullweight.core.errors import ConfigError
 from fullweight.devices import DEVICES
+from fullweight.ops import torch_alone
 from fullweight.parallel.config import Layout
 from fullweight.planner.chips import Chip
 from fullweight.rehearse.result import Rehearsal, RoleResult
@@ -106,6 +107,8 @@ def rehearse(
 
 def _operations(config: RunConfig, device: str) -> str:
     """Which operations were traced, in words."""
+    if device == "cpu" and torch_alone([config.ops.default]):
+        return f"those called {config.ops.default}, whose kernels hold less than the formulas that were traced"
     if device == "cpu":
         return "those of the CPU, their kernels left out"
     named = ", ".join([config.ops.default, *(f"{group}={name}" for group, name in config.ops.chosen.items())])
@@ -113,7 +116,9 @@ def _operations(config: RunConfig, device: str) -> str:
 
 
 def _of_the_chip(config: RunConfig, device: str, chip: Chip) -> bool:
-    """Whether what was traced is what the chip runs: on its maker's device, with that device's operations."""
+    """Whether what was traced is what the chip runs: its maker's operations, on that device where they need it."""
+    if device == "cpu" and torch_alone([config.ops.default]):
+        return chip.maker != "Ascend"
     traced = next(name for name, kind in DEVICES.items() if device in (name, kind.type))
     if traced == "cpu" or (traced == "ascend") != (chip.maker == "Ascend"):
         return False

@@ -81,7 +81,7 @@ class SizesOnly(FakeTensorMode):
             return self._one_again(result, tensors)
         if isinstance(result, (tuple, list)) and all(isinstance(one, FakeTensor) for one in result):
             each = [self._one_again(one, tensors) for one in result]
-            kind = type(result)
+            kind = list if isinstance(result, list) else tuple  # of named results, too, nothing asks for the names
             return None if None in each else lambda given: kind([made(given) for made in each])  # type: ignore[misc]
         return None
 

@@ -96,9 +96,14 @@ class Plan:
     division: Division | None
 
 
-def plan_model(config: RunConfig, ranks: Ranks, architecture: DeepSeekV4Config) -> Plan:
-    """Lay the model out over the ranks; nothing of its size is in memory yet."""
-    model = empty_model(config, architecture, ranks.device.type)
+def plan_model(
+    config: RunConfig, ranks: Ranks, architecture: DeepSeekV4Config, operations_for: str | None = None
+) -> Plan:
+    """Lay the model out over the ranks; nothing of its size is in memory yet.
+
+    Its operations are those for tensors on `operations_for` (a device type), the ranks' own when absent.
+    """
+    model = empty_model(config, architecture, operations_for or ranks.device.type)
     division = divide(model, ranks, config.parallel, config.data.row_tokens)
     units, whole_experts = sharding_units(model), config.optimizer.name == "muon"
     parallelize(model, ranks, config.parallel, units, division, whole_experts=whole_experts)

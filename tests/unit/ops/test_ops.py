@@ -11,6 +11,7 @@ from torch import Tensor
 from fullweight.core.errors import OperationError
 from fullweight.core.types import PackedLayout
 from fullweight.ops import available_operations, resolve_operations
+from fullweight.ops.cuda import CudaOperations
 from fullweight.ops.reference import Compressed, ReferenceOperations
 
 from . import formulas
@@ -165,6 +166,26 @@ def test_hyper_head(ops: ReferenceOperations, dtype: torch.dtype, d: int, n: int
         1 + random(1, seed=3),
     ]
     check(lambda *t: ops.hyper_head(*t, 1e-6, 1e-6), lambda *t: formulas.hyper_head(*t, 1e-6, 1e-6), inputs, dtype)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_hyper_connections_of_cuda_keep_streams_as_they_came(n: int) -> None:
+    """What backward of both ends of a sublayer keeps: the streams once, narrow, and a few numbers a token."""
+    tokens, d, width = 64, 256, (2 + n) * n
+    streams = random(tokens, n, d, dtype=torch.bfloat16).requires_grad_()
+    fn = random(width, n * d, seed=1).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        made = CudaOperations().hyper_pre(streams, fn, random(width), torch.ones(3), 1, 1e-6, 1e-6)
+        CudaOperations().hyper_post(streams, made.input, made.post, made.comb)
+    of_weights, given = fn.untyped_storage().nbytes(), made.input.untyped_storage().nbytes()
+    few = tokens * 4 * (30 + 12 * width)
+    assert sum(kept.values()) <= of_weights + streams.untyped_storage().nbytes() + given + few
 
 
 # ---- experts and head --------------------------------------------------------------------------------------

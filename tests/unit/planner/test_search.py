@@ -304,8 +304,8 @@ def test_what_is_unknown_is_told() -> None:
     gpu = Planner(request(chip=chip("h200")))
     for recompute, said in (("none", True), ("full", False)):
         candidate = gpu.evaluated(ParallelConfig(expert=64, recompute=recompute))
-        assert any("ops/cuda.py" in line for line in unknowns(candidate)) is said
-    assert not any("ops/cuda.py" in line for line in unknowns(PLAN.best[0]))
+        assert any("rehearse --ops" in line for line in unknowns(candidate)) is said
+    assert not any("rehearse --ops" in line for line in unknowns(PLAN.best[0]))
     assert any("assumption" in line for line in unknowns(PLAN.best[0]))
 
 

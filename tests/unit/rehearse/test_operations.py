@@ -1,4 +1,4 @@
-"""A rehearsal says whose operations it counted, and how the chip's own are."""
+"""A rehearsal says whose operations it counted, and how the chip's own are; those of CUDA need no GPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fullweight.core.errors import ConfigError
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.planner.chips import chip
 from fullweight.rehearse.report import operations_note
 from fullweight.rehearse.result import Rehearsal
-from fullweight.rehearse.run import _of_the_chip, _operations
+from fullweight.rehearse.routing import Routing
+from fullweight.rehearse.run import _of_the_chip, _operations, rehearse
 from fullweight.train.config import RunConfig
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "tiny_smoke.toml"
@@ -21,6 +24,8 @@ RECIPE = Path(__file__).parents[3] / "recipes" / "tiny_smoke.toml"
     [
         ("cpu", "ascend-910c", [], False),
         ("cpu", "h200", [], False),
+        ("cpu", "h200", ["ops.default=cuda"], True),
+        ("cpu", "ascend-910c", ["ops.default=cuda"], False),
         ("npu", "ascend-910c", [], True),
         ("ascend", "ascend-910b1", ["ops.default=ascend"], True),
         ("ascend", "ascend-910c", ["ops.default=reference"], False),
@@ -41,5 +46,27 @@ def test_what_was_not_counted_says_how_it_is() -> None:
     told = operations_note(done)
     assert told.startswith("operations counted: those of the CPU")
     assert "--device ascend --ops ascend counts them" in told
-    assert "nothing was traced with them" in operations_note(replace(done, chip="h200"))
+    assert "--ops cuda counts them" in operations_note(replace(done, chip="h200"))
     assert "which are those of ascend-910c" in operations_note(replace(done, of_the_chip=True))
+
+
+SETTINGS = ["model.preset=small", "train.device=cpu", "data.row_tokens=1024", "parallel.recompute=none"]
+UNIFORM = Routing.parse("uniform")
+
+
+def test_cuda_operations_are_traced_without_a_gpu() -> None:
+    """The reference's hyper-connections keep the streams in fp32 twice a sublayer; theirs keep no wide copy."""
+    kept = {}
+    for others in ([], ["ops.hyper_connection=reference"]):
+        config = RunConfig.from_toml(RECIPE, [*SETTINGS, "ops.default=cuda", *others])
+        [role] = rehearse(config, "r.toml", 1, chip("h200"), UNIFORM).roles
+        kept[bool(others)] = role.most_by_category["activations"]
+    model = DeepSeekV4Config.preset("small")
+    streams = 1024 * model.hc_mult * model.hidden_size
+    assert kept[False] <= kept[True] - 2 * model.num_hidden_layers * 2 * 4 * streams
+
+
+def test_operations_whose_results_depend_on_values_are_refused() -> None:
+    config = RunConfig.from_toml(RECIPE, [*SETTINGS, "ops.default=reference"])
+    with pytest.raises(ConfigError, match=r"operations 'reference': aten.nonzero.*trace others"):
+        rehearse(config, "r.toml", 1, chip("h200"), UNIFORM)
