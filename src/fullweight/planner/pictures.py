@@ -41,7 +41,8 @@ def memory(plan: dict[str, Any]) -> Figure:
     figure.update_layout(legend_traceorder="normal")
     figure.update_yaxes(autorange="reversed", type="category")
     dress(figure, height=190 + 26 * len(stages) + 20)
-    figure.update_layout(margin_b=110, margin_t=40)
+    _bottom(figure, 110)
+    figure.update_layout(margin_t=40)
     return figure
 
 
@@ -82,7 +83,7 @@ def layouts(plan: dict[str, Any]) -> Figure:
     figure.update_xaxes(rangemode="tozero")
     figure.update_yaxes(autorange="reversed", type="category")
     dress(figure, height=230 + 34 * len(found))
-    figure.update_layout(margin_b=130)
+    _bottom(figure, 130)
     return figure
 
 
@@ -107,7 +108,7 @@ def passing(plan: dict[str, Any]) -> Figure:
     figure.update_yaxes(type="category", categoryorder="array")
     figure.update_yaxes(categoryarray=[_rank(rank, num_ranks) for rank in reversed(range(num_ranks))])
     dress(figure, height=190 + 22 * num_ranks)
-    figure.update_layout(margin_b=100)
+    _bottom(figure, 100)
     return figure
 
 
@@ -200,6 +201,12 @@ def _broken(text: str, width: int = 22) -> str:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
     return "<br>".join(lines)
+
+
+def _bottom(figure: Figure, pixels: int) -> None:
+    """Room below for axis and legend, said and not found by drawing, which with some numbers never settles."""
+    figure.update_layout(margin_b=pixels)
+    figure.update_xaxes(automargin=False)
 
 
 def _limit(figure: Figure, value: float, text: str) -> None:
