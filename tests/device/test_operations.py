@@ -85,6 +85,7 @@ def test_large_rows(device: Device, ops: ReferenceOperations) -> None:
     comb = torch.softmax(random(rows, 4, 4, seed=7), -1)
     inputs = (bf16(rows, 4, 1024, seed=1), bf16(rows, 1024, seed=5), random(rows, 4, seed=6), comb)
     compare(device, lambda o, *t: o.hyper_post(*t), ops, *inputs)
+    compare(device, lambda o, *t: o.hyper_mix(*t), ops, bf16(rows, 4, 1024, seed=1), random(rows, 4, seed=6))
 
 
 def test_swiglu(device: Device, ops: ReferenceOperations) -> None:
