@@ -34,6 +34,7 @@ from fullweight.core.config import Config
 from fullweight.core.tensors import local_part
 from fullweight.optim.buckets import buckets
 from fullweight.optim.pieces import Piece, Pieces, pieces_of
+from fullweight.optim.rounds import rounds
 
 COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 # Below this the smaller entries of an fp32 matrix are subnormal: its direction is rounding noise.
@@ -277,35 +278,4 @@ def _same_shape(matrices: list[_CutMatrix]) -> list[list[int]]:
 
 
 def _rounds(matrices: list[_CutMatrix], num_ranks: int) -> Iterator[list[list[_CutMatrix]]]:
-    """Who owns what: in each round, the matrices of every rank, at most CHUNK_ENTRIES entries or one matrix.
-
-    The dearest matrix goes first, each to the rank with the least to do. Depends only on the shapes and their
-    order, so all ranks agree.
-    """
-    queues: list[list[_CutMatrix]] = [[] for _ in range(num_ranks)]
-    costs = [0.0] * num_ranks
-    for matrix in sorted(matrices, key=lambda m: (-_cost(m.shape), m.shape)):
-        owner = min(range(num_ranks), key=lambda r: (costs[r], r))
-        costs[owner] += _cost(matrix.shape)
-        queues[owner].append(matrix)
-    while any(queues):
-        yield [_take(queue) for queue in queues]
-
-
-def _take(queue: list[_CutMatrix]) -> list[_CutMatrix]:
-    """Remove from the front what fits one round."""
-    taken, entries = 0, 0
-    for matrix in queue:
-        entries += matrix.shape[0] * matrix.shape[1]
-        if taken and entries > CHUNK_ENTRIES:
-            break
-        taken += 1
-    batch = queue[:taken]
-    del queue[:taken]
-    return batch
-
-
-def _cost(shape: tuple[int, int]) -> float:
-    """Multiply-adds of one Newton-Schulz step."""
-    small, large = min(shape), max(shape)
-    return 2.0 * small * small * large + float(small) ** 3
+    return rounds(matrices, num_ranks, lambda m: m.shape, CHUNK_ENTRIES)

@@ -14,7 +14,6 @@ Left out: latency of the calls (a few rounds a step), and Newton-Schulz in other
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from math import ceil, prod
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.roles import parameter_role
 from fullweight.models.deepseek_v4.sharding import cut_of
+from fullweight.optim.rounds import multiply_adds, rounds
 from fullweight.parallel.config import Layout
 from fullweight.planner.tape import NO_CHANGE, Block, Profile, Tape
 
@@ -107,8 +107,7 @@ def _pieces(rows: int, columns: int, number: int, height: int, group: int, width
 
 def product_flops(matrix: Matrix) -> int:
     """Of all iterations of Newton-Schulz, 2 a multiply-add: two products with the matrix and one of its square."""
-    small, large = min(matrix), max(matrix)
-    return ITERATIONS * 2 * (2 * small * small * large + small**3)
+    return ITERATIONS * 2 * multiply_adds(matrix)
 
 
 def update_of(stacks: Iterable[Stack], *, offload: bool = False) -> Update:
@@ -244,24 +243,4 @@ def _round(tape: Tape, mine: Sequence[_Cut], pieces: int) -> None:
 
 
 def _rounds(cuts: Sequence[_Cut], ranks: int) -> Iterator[list[list[_Cut]]]:
-    """Who owns what: the dearest first, each to the rank with the least to do; at most a chunk each in a round."""
-    queues: list[list[_Cut]] = [[] for _ in range(ranks)]
-    least = [(0, rank) for rank in range(ranks)]
-    for cut in sorted(cuts, key=lambda c: (-product_flops(c.matrix), c.matrix)):
-        cost, owner = least[0]
-        heapq.heapreplace(least, (cost + product_flops(cut.matrix), owner))
-        queues[owner].append(cut)
-    while any(queues):
-        yield [_take(queue) for queue in queues]
-
-
-def _take(queue: list[_Cut]) -> list[_Cut]:
-    taken, entries = 0, 0
-    for cut in queue:
-        entries += cut.entries
-        if taken and entries > CHUNK_ENTRIES:
-            break
-        taken += 1
-    batch = queue[:taken]
-    del queue[:taken]
-    return batch
+    return rounds(cuts, ranks, lambda cut: cut.matrix, CHUNK_ENTRIES)
