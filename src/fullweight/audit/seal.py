@@ -85,7 +85,10 @@ def seal(
     making = out.with_name(f".{out.name}.sealing")
     if making.exists():
         shutil.rmtree(making)
-    making.mkdir(parents=True)
+    try:
+        making.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {out}: {error.strerror}; choose another --out") from None
     try:
         made = _make(run, making, with_checkpoints, ro_crate, licence)
         if signer is not None:

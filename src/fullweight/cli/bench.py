@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def model_command(
         "threads": threads or torch.get_num_threads(),
     }
     config = BenchConfig.resolve(values, "fullweight bench model")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {json_file.absolute().parent} to write {json_file.name} in; create it")
+    require_folder(json_file)
     stood_on = stands_on(config) if json_file is not None else {}
     progress = Console(stderr=True)
     with progress.status("") as status:
@@ -82,7 +82,7 @@ def model_command(
     print_summary(summary, Console(), config.optimizer)
     if json_file is not None:
         text = json.dumps(record(config, runs, summary, stood_on), indent=2) + "\n"
-        json_file.write_text(text, encoding="utf-8")
+        write_text(json_file, text)
     if any(run.kind == "fullweight" and run.error for run in runs):
         raise typer.Exit(1)
 

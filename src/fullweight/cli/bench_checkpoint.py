@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
 from fullweight.core.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ def bench_checkpoint_command(
 
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder} to write in; create it")
+    require_folder(json_file)
     stood_on = environment(1, torch.device("cpu"))
     if json_file is not None and stood_on["commit"] is None:
         raise ConfigError(
@@ -57,4 +59,4 @@ def bench_checkpoint_command(
     if json_file is not None:
         command = f"fullweight bench checkpoint --megabytes {megabytes} --repeats {repeats} --seed {seed}"
         record = {"benchmark": "checkpoint", **stood_on, "command": command}
-        json_file.write_text(json.dumps({**record, **found.as_json()}, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps({**record, **found.as_json()}, indent=2) + "\n")

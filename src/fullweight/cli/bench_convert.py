@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
 from fullweight.core.errors import ConfigError
 
 
@@ -26,6 +27,7 @@ def bench_convert_command(
     from fullweight.bench.convert_bench import AIM, FLOOR, measure_convert
     from fullweight.train.run_folder import environment
 
+    require_folder(json_file)
     stood_on = environment(1, torch.device("cpu"))
     if json_file is not None and stood_on["commit"] is None:
         raise ConfigError(
@@ -52,6 +54,6 @@ def bench_convert_command(
         )
     if json_file is not None:
         record = {"benchmark": "convert", **stood_on, "command": f"fullweight bench convert --seed {seed}"}
-        json_file.write_text(json.dumps({**record, **found.as_json()}, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps({**record, **found.as_json()}, indent=2) + "\n")
     if worst.share_of_copy < FLOOR:
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
 from fullweight.core.errors import ConfigError
 
 
@@ -30,6 +31,7 @@ def bench_evidence_command(
     from fullweight.train.run_folder import environment
 
     values = apply_overrides(read_toml(recipe), overrides or [])
+    require_folder(json_file)
     stood_on = environment(1, torch.device("cpu"))
     if json_file is not None and stood_on["commit"] is None:
         raise ConfigError(
@@ -56,4 +58,4 @@ def bench_evidence_command(
         chosen = [part for setting in overrides or [] for part in ("--set", setting)]
         command = shlex.join(["fullweight", "bench", "evidence", str(recipe), *chosen, "--steps", str(steps)])
         record = {"benchmark": "evidence", **stood_on, "command": command}
-        json_file.write_text(json.dumps({**record, **found.as_json()}, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps({**record, **found.as_json()}, indent=2) + "\n")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text, writing
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def bench_planner_command(
     from fullweight.planner.fit import fit, interval, judge, orders
     from fullweight.planner.published import load
 
+    require_folder(write, json_file)
     if unseen is not None:
         if data is not None or write is not None:
             raise ConfigError("--unseen fits nothing: leave out --data and --write")
@@ -62,7 +64,8 @@ def bench_planner_command(
     console.print(", ".join(f"{name} {value:g}" for name, value in asdict(coefficients).items()), highlight=False)
     spreads = {kind: interval([j.unseen for j in judgements if j.case.kind == kind]) for kind in ("dense", "moe")}
     if write is not None:
-        Calibration(coefficients, spreads["dense"], spreads["moe"], len(cases)).write(write)
+        with writing(write):
+            Calibration(coefficients, spreads["dense"], spreads["moe"], len(cases)).write(write)
     if json_file is not None:
         record = {
             "coefficients": asdict(coefficients),
@@ -75,7 +78,7 @@ def bench_planner_command(
             "rejected": [asdict(r) for r in rejected],
             "orders": [asdict(o) for o in found],
         }
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
 
 
 _KINDS = ("fitted", "unseen", "source_unseen", "null")
@@ -113,7 +116,7 @@ def _print_unseen(folder: Path, json_file: Path | None) -> None:
             {"name": p.case.name, "seconds": p.case.seconds, "predicted": p.seconds, "null_error": p.null}
             for p in found
         ]
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
 
 
 def _print_rejected(console: Console, rejected: list[Rejected]) -> None:

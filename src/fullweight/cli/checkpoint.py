@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import write_text
 from fullweight.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -120,10 +121,7 @@ def diff_command(
 
     comparison = compare(verify(_generation(first)), verify(_generation(second)))
     if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {json_file}: {error.strerror}; name another file") from None
+        write_text(json_file, json.dumps(asdict(comparison), indent=2) + "\n")
     _print_comparison(comparison, limit, _console())
     if not comparison.same_state:
         raise typer.Exit(1)

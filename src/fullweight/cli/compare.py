@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text, writing
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ def compare_command(
     from fullweight.evidence.compare import Verdict, compare
     from fullweight.report.comparison import cost_rows, described, facts_of, write_comparison
 
-    for file in (json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
+    require_folder(json_file, html_file)
     sides = _sides(runs, column or [])
     comparison = compare(sides, tolerance=tolerance, window=window, target=target)
     partings = [_parting(sides[0], other) if weights else None for other in sides[1:]]
@@ -74,9 +73,10 @@ def compare_command(
             console.print(Text(str(parting)))
     if json_file is not None:
         text = json.dumps(described(comparison, sides, partings), indent=2, allow_nan=False)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        write_text(json_file, text + "\n")
     if html_file is not None:
-        write_comparison(html_file, comparison, sides, partings)
+        with writing(html_file):
+            write_comparison(html_file, comparison, sides, partings)
     found = {pair.verdict for pair in comparison.pairs}
     if Verdict.different in found:
         raise typer.Exit(DIFFERENT)

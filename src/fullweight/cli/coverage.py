@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fullweight.cli.files import require_folder, writing
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -42,14 +44,12 @@ def coverage_command(
     from fullweight.checkpoint.generations import newest
     from fullweight.checkpoint.manifest import verify
     from fullweight.cli.bars import byte_bar
-    from fullweight.core.errors import ConfigError
     from fullweight.evidence.coverage_report import report
     from fullweight.models.deepseek_v4.config import DeepSeekV4Config
     from fullweight.train.coverage import measure_run
     from fullweight.train.run_folder import RunFolder, write_json
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {json_file.absolute().parent} to write {json_file.name} in; create it")
+    require_folder(json_file)
     folder = RunFolder(run)
     folder.require()
     generation = verify(newest(folder.checkpoints) if checkpoint is None else checkpoint)
@@ -57,7 +57,9 @@ def coverage_command(
     with byte_bar("measuring", 4 * architecture.num_parameters(mtp=True)) as progress:
         coverage = measure_run(folder, generation=generation, initial=initial, progress=progress)
     content = report(coverage)
-    write_json(folder.coverage if json_file is None else json_file, content)
+    place = folder.coverage if json_file is None else json_file
+    with writing(place):
+        write_json(place, content)
     console = Console(soft_wrap=True)
     console.width = max(console.width, _LEAST_WIDTH)
     show(content, by, console)

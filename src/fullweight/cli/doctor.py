@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ def doctor_command(
     from fullweight.doctor.findings import exports
     from fullweight.doctor.report import show
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {json_file.absolute().parent} to write {json_file.name} in; create it")
+    require_folder(json_file)
     if facts_file is not None:
         if recipe is not None or device is not None:
             raise ConfigError("--facts checks what was recorded; leave out --recipe and --device")
@@ -59,7 +59,7 @@ def doctor_command(
             print("\n".join([*applied, *exports(examined.findings)]))
         if json_file is not None:
             told = {**job.as_dict(), "findings": [f.as_dict() for f in examined.findings]}
-            json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            write_text(json_file, json.dumps(told, indent=2) + "\n")
     raise typer.Exit(examined.status)
 
 

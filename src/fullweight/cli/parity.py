@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ def parity_command(
         lengths = [int(part) for part in documents.split(",")]
     except ValueError:
         raise ConfigError(f"--documents takes lengths such as 1,5,64; found {documents!r}") from None
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {json_file.absolute().parent} to write {json_file.name} in; create it")
+    require_folder(json_file)
     found = check_parity(checkpoint, lengths, seed, ops)
     console, table = Console(soft_wrap=True), Table(box=None)
     for title in ("module", f"forward (bound {FORWARD_BOUND:g})", f"gradient (bound {BACKWARD_BOUND:g})"):
@@ -62,7 +62,7 @@ def parity_command(
     console.print(Text(_verdict(found), style="bold" if found.holds else "bold red"))
     if json_file is not None:
         text = json.dumps({**asdict(found), "holds": found.holds, "verdict": _verdict(found)}, indent=2)
-        json_file.write_text(text.replace("Infinity", '"inf"') + "\n", encoding="utf-8")
+        write_text(json_file, text.replace("Infinity", '"inf"') + "\n")
     if not found.holds:
         raise typer.Exit(1)
 

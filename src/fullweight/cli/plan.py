@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullweight.cli.report import require_folder
+from fullweight.cli.files import require_folder, write_text, writing
 from fullweight.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,14 +97,15 @@ def plan_command(
         print_comparison(console, answers)
     record = [describe(answer) for answer in answers] if json_file or html_file else []
     if json_file is not None:
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
     if html_file is not None:
         from fullweight.planner.page import write_page
 
-        write_page(record, html_file)
+        with writing(html_file):
+            write_page(record, html_file)
     first = answers[0].plan
     if emit is not None and first.best:
-        emit.write_text(recipe_text(first.request, first.chosen), encoding="utf-8")
+        write_text(emit, recipe_text(first.request, first.chosen))
         console.print(f"wrote {emit}: set its data.sources, then rehearse and train", highlight=False)
     if not any(answer.plan.best for answer in answers):
         raise typer.Exit(2)
@@ -112,9 +113,7 @@ def plan_command(
 
 def _check_outputs(emit: Path | None, *others: Path | None) -> None:
     """Before a search: each has a folder, and a recipe, which people edit, is never written over."""
-    for file in (emit, *others):
-        if file is not None:
-            require_folder(file)
+    require_folder(emit, *others)
     if emit is not None and emit.exists():
         raise ConfigError(f"--emit {emit} is there already; remove it or choose another name")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fullweight.cli.report import require_folder
+from fullweight.cli.files import require_folder, write_text, writing
 
 
 def rehearse_command(
@@ -16,6 +16,7 @@ def rehearse_command(
     *,
     ranks: Annotated[int, typer.Option(min=1, help="ranks of the job, one for each die or GPU")],
     chip: Annotated[str, typer.Option(help="each rank's device, by its name in the table")] = "ascend-910c",
+    chip_file: Annotated[Path | None, typer.Option(help="chips and clusters of your own (TOML)")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a setting; may be repeated")
     ] = None,
@@ -51,12 +52,10 @@ def rehearse_command(
     from fullweight.rehearse.run import chosen_roles, rehearse
     from fullweight.train.config import RunConfig
 
-    for file in (json_file, html_file):
-        if file is not None:
-            require_folder(file)
+    require_folder(json_file, html_file)
     chosen = [] if operations is None else [f"ops.default={operations}"]
     config = RunConfig.from_toml(recipe, [*(overrides or []), *chosen])
-    found = find_chip(chip)
+    found = find_chip(chip, chip_file)
     device_of(device)
     load = Routing.parse(routing)
     progress = Console(stderr=True)
@@ -79,8 +78,9 @@ def rehearse_command(
     console.print(exchange_table(rehearsal))
     console.print(operations_note(rehearsal), highlight=False, markup=False)
     if json_file is not None:
-        json_file.write_text(json.dumps(rehearsal.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(rehearsal.as_dict(), indent=2) + "\n")
     if html_file is not None:
-        write_page(rehearsal, html_file)
+        with writing(html_file):
+            write_page(rehearsal, html_file)
     if not rehearsal.all_fit:
         raise typer.Exit(2)

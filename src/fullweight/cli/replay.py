@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fullweight.cli.files import require_folder, write_text
+
 if TYPE_CHECKING:
     from fullweight.audit.again import Means
     from fullweight.audit.layer import LayerResult
@@ -77,6 +79,7 @@ def replay_command(
     from fullweight.cli.train import console
     from fullweight.train.run_folder import RunFolder
 
+    require_folder(json_file)
     if level is Level.layer:
         if window or windows or (layers is None) != (beacon is None) or (layers and layer):
             raise typer.BadParameter(
@@ -172,10 +175,6 @@ def _write(path: Path, results: Sequence[ReplayResult | LayerResult]) -> None:
     import json
     from dataclasses import asdict
 
-    from fullweight.core.errors import CheckpointError
     from fullweight.evidence.ledger import finite
 
-    try:
-        path.write_text(json.dumps([finite(asdict(r)) for r in results], indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; name another file") from None
+    write_text(path, json.dumps([finite(asdict(r)) for r in results], indent=2) + "\n")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fullweight.core.errors import ConfigError
+from fullweight.cli.files import require_folder, write_text, writing
 
 if TYPE_CHECKING:
     from fullweight.audit.verify import Report
@@ -32,26 +31,14 @@ def report_command(
     from fullweight.audit.verify import verify
     from fullweight.evidence.bundle import LIST
 
-    for file in (out, json_file):
-        if file is not None:
-            require_folder(file)
+    require_folder(out, json_file)
     sealed = [(root / LIST).is_file() for root in runs]
     reports = [verify(r, trust=Trust(public_key)) if s else None for r, s in zip(runs, sealed, strict=True)]
     records = write_pages(out, runs, reports)
     if json_file is not None:
         text = json.dumps({"format": 1, "runs": records}, indent=1, allow_nan=False)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        write_text(json_file, text + "\n")
     typer.echo(f"report: {out}")
-
-
-def require_folder(file: Path) -> None:
-    """Raise ConfigError when there is no folder to write the file in, or the file is a folder."""
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"no folder {file.absolute().parent} to write {file.name} in; create it")
-    if file.is_dir():
-        raise ConfigError(f"{file} is a folder; name a file to write")
-    if not os.access(file.absolute().parent, os.W_OK):
-        raise ConfigError(f"{file.absolute().parent} cannot be written to; choose another folder for {file.name}")
 
 
 def write_pages(out: Path, roots: Sequence[Path], reports: Sequence[Report | None]) -> list[dict[str, Any]]:
@@ -61,7 +48,8 @@ def write_pages(out: Path, roots: Sequence[Path], reports: Sequence[Report | Non
 
     pairs = zip(roots, reports, strict=True)
     records = [record(root, [] if report is None else _verdicts(report)) for root, report in pairs]
-    write_report(out, records, [raw_lines(root) for root in roots])
+    with writing(out):
+        write_report(out, records, [raw_lines(root) for root in roots])
     return records
 
 

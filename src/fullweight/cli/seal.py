@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fullweight.cli.files import writing
+
 
 def seal_command(
     run: Annotated[Path | None, typer.Argument(help="folder of the run")] = None,
@@ -35,7 +37,9 @@ def seal_command(
     from fullweight.core.errors import ConfigError
 
     if new_key is not None:
-        typer.echo(f"key: {new_key} (keep it to yourself); public key, to be published: {make_key(new_key)}")
+        with writing(new_key):
+            public = make_key(new_key)
+        typer.echo(f"key: {new_key} (keep it to yourself); public key, to be published: {public}")
         key = key or new_key
     if run is None:
         if new_key is not None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fullweight.cli.files import require_folder
 from fullweight.cli.replay import Level
-from fullweight.cli.report import require_folder, write_pages
+from fullweight.cli.report import write_pages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,8 +74,7 @@ def verify_command(
         raise typer.BadParameter(f"--run, --data and --replay go with one bundle, found {len(bundles)}")
     if data and run is None:
         raise typer.BadParameter("--data reads the data of the run: give its folder with --run")
-    if page is not None:
-        require_folder(page)
+    require_folder(page)
     if (identity is None) != (issuer is None):
         raise typer.BadParameter("--identity and --issuer go together")
     trust = Trust(public_key, tuple(chain or ()), identity, issuer)

@@ -44,12 +44,12 @@ class Config(BaseModel):
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file; raises ConfigError when it is absent or not TOML."""
+def read_toml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """Parse a TOML file; raises ConfigError when it is absent (no `what` there) or not TOML."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no recipe at {path}; give the path of a .toml file") from None
+        raise ConfigError(f"no {what} at {path}; give the path of a .toml file") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a .toml file") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -139,7 +139,7 @@ def _table(extra: Path | None) -> dict[str, dict[str, Any]]:
     text = resources.files("fullweight.planner").joinpath("chips.toml").read_text(encoding="utf-8")
     table = tomllib.loads(text)
     sources = table.pop("sources")
-    added = {} if extra is None else read_toml(extra)
+    added = {} if extra is None else read_toml(extra, "chip file")
     added.pop("sources", None)
     for name, entry in added.items():
         if not isinstance(entry, dict):

@@ -42,7 +42,7 @@ def family_work(name: str, sequence: int) -> Work:
 def shape_of_file(path: Path) -> Shape:
     """The shape in a config.json or a TOML file; its name is the file's. Raises ConfigError for other families."""
     if path.suffix == ".toml":
-        made: Shape = Shape.resolve({"name": path.stem, **read_toml(path)}, str(path))
+        made: Shape = Shape.resolve({"name": path.stem, **read_toml(path, "model file")}, str(path))
         return made
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

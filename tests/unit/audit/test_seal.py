@@ -144,6 +144,17 @@ def test_what_is_no_key_is_told(text: str, honest: Honest, tmp_path: Path) -> No
         verify(honest.bundle, trust=Trust(public_key=tmp_path / "key.pem"))
 
 
+def test_a_place_that_takes_no_key_or_bundle_is_told(honest: Honest, tmp_path: Path) -> None:
+    """Whatever the system says: here a file stands where a folder is needed, or there is none."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot make .*file/bundle: Not a directory; choose another --out"):
+        seal(honest.run, tmp_path / "file" / "bundle")
+    key = tmp_path / "missing" / "key.pem"
+    ended = fullweight("seal", "--new-key", key)
+    assert ended.statuses == (1,)
+    assert ended.output.strip() == f"error: cannot write {key}: No such file or directory; name another file"
+
+
 def test_a_folder_that_is_no_run_is_told(honest: Honest, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no manifest\.json"):
         seal(tmp_path, tmp_path / "bundle")

@@ -124,6 +124,30 @@ def test_a_chip_file_that_cannot_be_read(
     assert expected in told(capsys, *_JOB, "--chip", "mine", "--chip-file", file)
 
 
+_SMALL = ("plan", "tiny", "--chip", "h100", "--chips", "8", "--sequence", "512", "--global-batch", "64")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "link"),
+    [("--emit", "r.toml", "r.toml"), ("--json", "p.json", "p.json"), ("--html", "p.html", ".p.html.tmp")],
+)
+def test_a_file_that_the_system_does_not_make(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, name: str, link: str
+) -> None:
+    """Only writing shows it: where it is written lies a link into a folder that is not there."""
+    (tmp_path / link).symlink_to(tmp_path / "missing" / name)
+    message = told(capsys, *_SMALL, option, tmp_path / name)
+    assert message.endswith(f"cannot write {tmp_path / name}: No such file or directory; name another file")
+
+
+def test_a_chip_file_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It is not called a recipe."""
+    absent = tmp_path / "mine.toml"
+    assert f"no chip file at {absent}; give the path" in told(capsys, *_JOB, "--chip-file", absent)
+    job = ("rehearse", "recipes/quickstart.toml", "--ranks", "1", "--chip-file", absent)
+    assert f"no chip file at {absent}; give the path" in told(capsys, *job)
+
+
 def test_a_model_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no config.json at absent/config.json" in told(capsys, "plan", "absent/config.json", *_JOB[2:])
     assert "unknown model preset 'falsh'; did you mean 'flash'?" in told(capsys, "plan", "falsh", *_JOB[2:])
