@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config, LayerKind
-from fullweight.models.deepseek_v4.parts import parts_of
+from fullweight.models.deepseek_v4.parts import Part, parts_of
 from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.parallel.stages import balanced_layers, stages_of
 from fullweight.planner.elements import Around, Pass, block_pass, tail_pass
-from fullweight.planner.muon import Stack, Update, stack_of, update_of
+from fullweight.planner.muon import Stack, Update, product_flops, profile_of, stack_of, update_of
 from fullweight.planner.passes import Row
 from fullweight.planner.rank import Held, Step
 from fullweight.planner.sharding import NOTHING, Unit, unit_of
@@ -83,6 +83,25 @@ def num_groups(layout: Layout) -> int:
     return 1 + sum(size != layout.world for size in sizes)
 
 
+@dataclass(frozen=True, eq=False)
+class Mine:
+    """What one pipeline rank runs of the model. There is one of each, so that it is its own key."""
+
+    parts: tuple[Part, ...]  # of its stages, in order
+    stages: tuple[int, ...]
+    layers: tuple[int, ...]
+    everywhere: tuple[int, ...]  # with the MTP block, where that is here
+    kinds: tuple[LayerKind | None, ...]  # of those
+    first: bool
+    last: bool
+    buffers: int  # bytes of tables and biases
+
+
+def _cuts(layout: Layout) -> tuple[int, int, int]:
+    """What decides how a stage's parameters are cut."""
+    return layout.shard * layout.context, layout.tensor, layout.expert
+
+
 class MemoryModel:
     """The memory of one model under many layouts: what repeats between them is counted once."""
 
@@ -90,10 +109,13 @@ class MemoryModel:
         self.config = config
         self._blocks: dict[tuple[object, ...], tuple[Sums, Unit]] = {}
         self._passes: dict[tuple[object, ...], Pass] = {}
+        self._mine: dict[tuple[object, ...], Mine] = {}
         self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
         self._steps: dict[tuple[object, ...], Profile] = {}
         self._matrices: dict[tuple[object, ...], tuple[Stack, ...]] = {}
         self._updates: dict[tuple[object, ...], Update] = {}
+        self._most: dict[tuple[object, ...], Update] = {}
+        self._least: dict[tuple[int, int, int], tuple[int, int]] = {}
 
     def of(self, parallel: ParallelConfig, layout: Layout, setting: Setting) -> Iterator[StageMemory]:
         """Every pipeline rank, in order, each counted when it is asked for."""
@@ -103,30 +125,25 @@ class MemoryModel:
     def rank(self, parallel: ParallelConfig, layout: Layout, setting: Setting, rank: int) -> StageMemory:
         """One of them."""
         config, adamw = self.config, setting.optimizer == "adamw"
-        parts = parts_of(self.stages(parallel, setting.row_tokens))
-        stages = stages_of(rank, layout.pipeline, len(parts), parallel.schedule)
-        mine = tuple(parts[stage] for stage in stages)
-        first, last = any(part.is_first for part in mine), any(part.is_last for part in mine)
-        layers = [layer for part in mine for layer in part.layers]
-        mtp = last and config.num_nextn_predict_layers > 0
-        everywhere = [*layers, *([config.num_hidden_layers] if mtp else [])]
-        blocks = [self.block(layout, layer, adamw) for layer in everywhere]
-        root = self.root(layout, first, last, adamw)
+        mine = self.mine(parallel, setting.row_tokens, rank)
+        blocks = [self.block(layout, layer, adamw) for layer in mine.everywhere]
+        root = self.root(layout, mine.first, mine.last, adamw)
         numbers = root[0].here + sum(b.here for b, _ in blocks)
         moments = 0 if parallel.offload_optimizer else root[0].moments + sum(b.moments for b, _ in blocks)
         moments += root[0].counted + sum(
             b.counted for b, _ in blocks
         )  # counters stay, and are as large as a number
-        units = {layer: unit for layer, (_, unit) in zip(everywhere, blocks, strict=True)}
+        units = {layer: unit for layer, (_, unit) in zip(mine.everywhere, blocks, strict=True)}
         behind = config.num_hidden_layers
         every = tuple(units.get(layer, NOTHING) for layer in range(behind + 1))
-        parameters = _FP32 * numbers + buffer_bytes(config, everywhere)
-        offload = parallel.offload_optimizer
-        update = NO_CHANGE if adamw else self._update(layout, everywhere, first, last, offload=offload).profile
+        parameters = _FP32 * numbers + mine.buffers
+        update = NO_CHANGE
+        if not adamw:
+            update = profile_of(self._all_stacks(layout, mine), offload=parallel.offload_optimizer)
         # where the moments are decides nothing of the passes
         key = (parallel.model_copy(update={"offload_optimizer": False}), layout, setting, rank)
         if key not in self._steps:
-            have = Held(_FP32 * numbers, root[1], every, mine, stages)
+            have = Held(_FP32 * numbers, root[1], every, mine.parts, mine.stages)
             row = self._row(layout, setting)
             replay = Step(config, parallel, layout, row, setting.micro_batches, have, self._pass)
             self._steps[key] = replay.profile()
@@ -141,60 +158,70 @@ class MemoryModel:
 
     def update(self, parallel: ParallelConfig, layout: Layout, row_tokens: int) -> Update:
         """What Muon does in a step: the most of any pipeline rank, of everything."""
-        found = self.updates(parallel, layout, row_tokens)
-        return Update(
-            *(
-                max(numbers)
-                for numbers in zip(
-                    *((u.flops, u.calls, u.bytes_given, u.bytes_waited, u.entries, u.others) for u in found),
-                    strict=True,
-                )
-            )
-        )
+        counts = self.stages(parallel, row_tokens)
+        key = (counts, parallel.schedule == "zbv", layout.pipeline, *_cuts(layout))
+        if key not in self._most:
+            found = self.updates(parallel, layout, row_tokens)
+            numbers = [(u.flops, u.calls, u.bytes_given, u.bytes_waited, u.entries, u.others) for u in found]
+            self._most[key] = Update(*map(max, zip(*numbers, strict=True)))
+        return self._most[key]
 
     def updates(self, parallel: ParallelConfig, layout: Layout, row_tokens: int) -> list[Update]:
         """What Muon does in a step on every pipeline rank, in order."""
-        parts, found = parts_of(self.stages(parallel, row_tokens)), []
-        for rank in range(layout.pipeline):
-            mine = [parts[stage] for stage in stages_of(rank, layout.pipeline, len(parts), parallel.schedule)]
-            first, last = any(part.is_first for part in mine), any(part.is_last for part in mine)
-            layers = [layer for part in mine for layer in part.layers]
-            behind = [self.config.num_hidden_layers] if last and self.config.num_nextn_predict_layers else []
-            offload = parallel.offload_optimizer
-            found.append(self._update(layout, [*layers, *behind], first, last, offload=offload))
-        return found
+        ranks = (self.mine(parallel, row_tokens, rank) for rank in range(layout.pipeline))
+        return [self._update(layout, mine) for mine in ranks]
 
     def least_update(self, layout: Layout) -> Update:
         """What no cut of stages can do better than: all that lies whole, spread evenly over stages."""
-        blocks = self.config.num_hidden_layers + (1 if self.config.num_nextn_predict_layers else 0)
-        stacks = [replace(s, piece=()) for layer in range(blocks) for s in self._stacks(layout, layer)]
-        every = update_of(stacks)
-        return Update(flops=every.flops // layout.pipeline, entries=every.entries // layout.pipeline)
+        key = _cuts(layout)
+        if key not in self._least:
+            blocks = self.config.num_hidden_layers + (1 if self.config.num_nextn_predict_layers else 0)
+            stacks = [stack for layer in range(blocks) for stack in self._stacks(layout, layer)]
+            flops = sum(stack.whole * product_flops(stack.matrix) for stack in stacks)
+            self._least[key] = flops, sum(stack.entries for stack in stacks)
+        flops, entries = self._least[key]
+        return Update(flops=flops // layout.pipeline, entries=entries // layout.pipeline)
 
-    def _update(self, layout: Layout, layers: list[int], first: bool, last: bool, *, offload: bool) -> Update:
-        """Muon's step on a rank with these layers."""
-        kinds = tuple(self.kind(layer) for layer in layers)
-        key = (kinds, first, last, layout.shard, layout.context, layout.tensor, layout.expert, offload)
+    def _update(self, layout: Layout, mine: Mine) -> Update:
+        """Muon's step on a pipeline rank."""
+        key = (mine.kinds, mine.first, mine.last, *_cuts(layout))
         if key not in self._updates:
-            shapes = list(root_shapes(self.config, first, last))
-            root = (stack_of(self.config, layout, *one) for one in shapes)
-            stacks = [s for s in root if s is not None]
-            for layer in layers:
-                stacks += self._stacks(layout, layer)
-            for layer in layers:
-                shapes += block_shapes(self.config, layer)
-            parts = held(self.config, layout, iter(shapes), adamw=False)
-            others = sum(h.here for h in parts if not h.muon)
-            self._updates[key] = replace(update_of(stacks, offload=offload), others=others)
+            sums = [self.block(layout, layer, adamw=False)[0] for layer in mine.everywhere]
+            sums.append(self.root(layout, mine.first, mine.last, adamw=False)[0])
+            update = update_of(self._all_stacks(layout, mine))
+            self._updates[key] = replace(update, others=sum(s.others for s in sums))
         return self._updates[key]
+
+    def _all_stacks(self, layout: Layout, mine: Mine) -> list[Stack]:
+        """Muon's parameters on a pipeline rank, in the model's order."""
+        root = (stack_of(self.config, layout, *one) for one in root_shapes(self.config, mine.first, mine.last))
+        blocks = (self._stacks(layout, layer) for layer in mine.everywhere)
+        return [*(s for s in root if s is not None), *(s for block in blocks for s in block)]
 
     def _stacks(self, layout: Layout, layer: int) -> tuple[Stack, ...]:
         """Muon's parameters of one block."""
-        key = (self.kind(layer), layout.shard, layout.context, layout.tensor, layout.expert)
+        key = (self.kind(layer), *_cuts(layout))
         if key not in self._matrices:
             found = (stack_of(self.config, layout, *one) for one in block_shapes(self.config, layer))
             self._matrices[key] = tuple(s for s in found if s is not None)
         return self._matrices[key]
+
+    def mine(self, parallel: ParallelConfig, row_tokens: int, rank: int) -> Mine:
+        """What a pipeline rank runs."""
+        counts = self.stages(parallel, row_tokens)
+        key = (counts, parallel.pipeline, parallel.schedule == "zbv", rank)
+        if key not in self._mine:
+            every = parts_of(counts)
+            stages = stages_of(rank, parallel.pipeline, len(every), parallel.schedule)
+            parts = tuple(every[stage] for stage in stages)
+            first, last = any(part.is_first for part in parts), any(part.is_last for part in parts)
+            layers = tuple(layer for part in parts for layer in part.layers)
+            behind = [self.config.num_hidden_layers] if last and self.config.num_nextn_predict_layers else []
+            everywhere = (*layers, *behind)
+            kinds = tuple(self.kind(layer) for layer in everywhere)
+            buffers = buffer_bytes(self.config, everywhere)
+            self._mine[key] = Mine(parts, stages, layers, everywhere, kinds, first, last, buffers)
+        return self._mine[key]
 
     def kind(self, layer: int) -> LayerKind | None:
         """Of a layer's parameters; None for the MTP block's."""
@@ -239,7 +266,7 @@ class MemoryModel:
     def block(self, layout: Layout, layer: int, adamw: bool) -> tuple[Sums, Unit]:
         """What the rank that holds most has of one block."""
         kind = self.kind(layer)
-        key = (kind, layout.shard, layout.replicate, layout.context, layout.tensor, layout.expert, adamw)
+        key = (kind, layout.replicate, *_cuts(layout), adamw)
         if key not in self._blocks:
             parameters = held(self.config, layout, block_shapes(self.config, layer), adamw=adamw)
             self._blocks[key] = sums(parameters), unit_of(parameters, layout.expert > 1)
@@ -247,7 +274,7 @@ class MemoryModel:
 
     def root(self, layout: Layout, first: bool, last: bool, adamw: bool) -> tuple[Sums, Unit]:
         """The same of what lies outside of all blocks."""
-        key = (first, last, layout.shard, layout.replicate, layout.context, layout.tensor, adamw)
+        key = (first, last, layout.replicate, layout.shard * layout.context, layout.tensor, adamw)
         if key not in self._blocks:
             shapes = root_shapes(self.config, first, last)
             parameters = held(self.config, layout, shapes, adamw=adamw)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil, prod
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
@@ -24,7 +25,7 @@ from fullweight.models.deepseek_v4.roles import parameter_role
 from fullweight.models.deepseek_v4.sharding import cut_of
 from fullweight.optim.rounds import multiply_adds, rounds
 from fullweight.parallel.config import Layout
-from fullweight.planner.tape import NO_CHANGE, Block, Profile, Tape
+from fullweight.planner.tape import NO_CHANGE, Block, Profile, Tape, moved, together
 
 CHUNK_ENTRIES, BUCKET_BYTES, ITERATIONS = 1 << 23, 1 << 28, 10  # of optim/muon.py and optim/buckets.py
 _FP32, _BF16 = 4, 2
@@ -57,7 +58,8 @@ class Update:
 
     `flops` are those that the step waits for, `own` the matrices that this rank makes orthogonal; `bytes_given` is
     what it hands to all-to-all calls, `bytes_waited` what the busiest rank of each call sends or receives.
-    `entries` are its numbers in parameters, `others` those that AdamW has.
+    `entries` are its numbers in parameters, `others` those that AdamW has. `profile` is of a bucket alone
+    (`profile_of` gives the step's).
     """
 
     flops: int = 0
@@ -110,54 +112,69 @@ def product_flops(matrix: Matrix) -> int:
     return ITERATIONS * 2 * multiply_adds(matrix)
 
 
-def update_of(stacks: Iterable[Stack], *, offload: bool = False) -> Update:
-    """The step of a rank that has these parameters, in the model's order.
+def update_of(stacks: Iterable[Stack]) -> Update:
+    """The step of a rank that has these parameters, in the model's order."""
+    flops = calls = given = waited = entries = 0
+    own = Counter[Matrix]()
+    for bucket in _buckets(stacks):
+        one = _bucket(bucket)
+        flops, calls, entries = flops + one.flops, calls + one.calls, entries + one.entries
+        given, waited = given + one.bytes_given, waited + one.bytes_waited
+        own.update(one.own)
+    return Update(flops, calls, given, waited, entries, own=own)
+
+
+def profile_of(stacks: Iterable[Stack], *, offload: bool = False) -> Profile:
+    """What that step holds.
 
     `offload`: moments come from the host by buckets, the next one's while a bucket is at work.
     """
+    buckets = list(_buckets(stacks))
+    sizes = [_FP32 * sum(stack.entries for stack in bucket) if offload else 0 for bucket in buckets]
+    found = []
+    for bucket, size, following in zip(buckets, sizes, [*sizes[1:], 0], strict=True):
+        found += [moved(temporaries=size + following), _bucket(bucket).profile]
+        found.append(moved(temporaries=-size - following))
+    return together(found)
+
+
+@lru_cache(maxsize=1 << 14)
+def _bucket(stacks: tuple[Stack, ...]) -> Update:
+    """Matrices that are worked on together. Layers of one kind have the same."""
+    tape = Tape()
+    tape.forward = False
+    found = _whole(stacks, tape)
+    for mesh in dict.fromkeys(stack.mesh for stack in stacks if stack.piece):
+        other = _cut([stack for stack in stacks if stack.mesh == mesh], tape)
+        found = Update(
+            found.flops + other.flops,
+            found.calls + other.calls,
+            found.bytes_given + other.bytes_given,
+            found.bytes_waited + other.bytes_waited,
+            found.entries,
+            own=found.own + other.own,
+            profile=found.profile + other.profile,
+        )
+    return found
+
+
+def _buckets(stacks: Iterable[Stack]) -> Iterator[tuple[Stack, ...]]:
+    """Parameters of as many matrices on the same ranks lie together."""
     groups: dict[tuple[int, str], list[Stack]] = {}
     for stack in stacks:
         groups.setdefault((stack.number, stack.mesh), []).append(stack)
-    found, tape = Update(), Tape()
-    tape.forward = False
-    buckets = list(_buckets([stack for group in groups.values() for stack in group]))
-    sizes = [_FP32 * sum(stack.entries for stack in bucket) if offload else 0 for bucket in buckets]
-    for bucket, size, following in zip(buckets, sizes, [*sizes[1:], 0], strict=True):
-        moments = tape.new(size), tape.new(following)
-        found = _added(found, _whole(bucket, tape))
-        for mesh in dict.fromkeys(stack.mesh for stack in bucket if stack.piece):
-            found = _added(found, _cut([stack for stack in bucket if stack.mesh == mesh], tape))
-        del moments
-    return replace(found, profile=found.profile + tape.cut())
-
-
-def _added(one: Update, other: Update) -> Update:
-    """One after the other."""
-    return Update(
-        one.flops + other.flops,
-        one.calls + other.calls,
-        one.bytes_given + other.bytes_given,
-        one.bytes_waited + other.bytes_waited,
-        one.entries + other.entries,
-        one.others + other.others,
-        one.own + other.own,
-        one.profile + other.profile,
-    )
-
-
-def _buckets(stacks: Sequence[Stack]) -> Iterator[list[Stack]]:
     found: list[Stack] = []
     room = 0
-    for stack in stacks:
+    for stack in (stack for group in groups.values() for stack in group):
         size = stack.entries * _FP32
         if size > room:
             if found:
-                yield found
+                yield tuple(found)
             found, room = [], BUCKET_BYTES
         found.append(stack)
         room -= size
     if found:
-        yield found
+        yield tuple(found)
 
 
 def _whole(bucket: Sequence[Stack], tape: Tape) -> Update:

@@ -29,7 +29,7 @@ from fullweight.planner.coefficients import calibration
 from fullweight.planner.cost import StepTime, parts_of, step_time
 from fullweight.planner.job import Job
 from fullweight.planner.memory import MemoryModel, Setting, StageMemory, num_groups
-from fullweight.planner.screen import CLOSE, SMALL, screened
+from fullweight.planner.screen import CLOSE, SMALL, Screen
 from fullweight.planner.shapes import Work, work_of_v4
 
 ON_ASCEND, ON_NVIDIA, KEPT_ON_NVIDIA = 0.01, 0.03, 0.10
@@ -122,6 +122,7 @@ class Planner:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.memory = MemoryModel(request.config)
+        self._screen = Screen(self.memory)
         self.work: Work = work_of_v4(request.config, request.document_lengths)
         self._costs: dict[tuple[object, ...], tuple[float, ...]] = {}
 
@@ -234,7 +235,7 @@ class Planner:
         """A quick look at the same, if the model is not small."""
         if self.request.config.hidden_size < SMALL:
             return self.ranks(candidate)
-        return screened(self.memory, candidate.parallel, candidate.layout, self.setting(candidate))
+        return self._screen.ranks(candidate.parallel, candidate.layout, self.setting(candidate))
 
     def setting(self, candidate: Candidate) -> Setting:
         """What decides memory beside model and layout."""

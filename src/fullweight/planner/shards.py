@@ -58,6 +58,7 @@ class Sums:
     here_gathered: int  # the rank's own parts of those
     routed_here: int
     routed_moments: int
+    others: int  # of the rank's numbers, those that are not Muon's
     counted: int  # parameters with a counter of AdamW's steps
 
 
@@ -72,6 +73,7 @@ def sums(parameters: Sequence[Held]) -> Sums:
         here_gathered=sum(h.here for h in parameters if h.gathered),
         routed_here=sum(h.here for h in parameters if h.routed),
         routed_moments=sum(h.moments for h in parameters if h.routed),
+        others=sum(h.here for h in parameters if not h.muon),
         counted=sum(not h.muon for h in parameters),
     )
 

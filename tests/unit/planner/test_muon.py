@@ -114,7 +114,7 @@ def test_a_cut_matrix_travels_whole_to_its_owner_and_back() -> None:
     whole = 1024 * 512
     assert (update.calls, update.bytes_given) == (2, 4 * whole // 4 + 2 * whole)
     assert update.bytes_waited == (4 + 2) * whole
-    communication = update.profile.most[5]
+    communication = muon.profile_of([stack]).most[5]
     assert communication == max(4 * whole // 4 + 4 * whole, 4 * whole + 2 * whole + 2 * whole // 4)
 
 
