@@ -153,14 +153,11 @@ _LAUNCHES_LEFT = (1.0, 0.5, 0.0)
 """By level of capture. Half of a layer's launches lie outside of the captured parts: an assumption."""
 _HOST_BANDWIDTH = 25e9
 """bytes/s between a device and its host, one direction: an assumption (PCIe of the fourth generation, shared)."""
-_WIDE_HEAD = 128
-"""Width of a head below which the exponentials of attention, not its products, set the pace."""
 
 
 def _attention_flops(job: Job, tokens: float) -> float:
     """Backward makes the scores again: 2.5 times forward; recomputation of whole blocks adds one more pass."""
-    slowed = max(1.0, _WIDE_HEAD / job.work.head_dim)
-    return tokens * job.work.attention_flops * slowed * (PASSES[job.recompute] + 0.5)
+    return tokens * job.work.attention_made * (PASSES[job.recompute] + 0.5)
 
 
 def _activation_bytes(job: Job, tokens: float, layers: float) -> float:

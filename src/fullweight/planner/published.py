@@ -257,19 +257,15 @@ _YEARS = {
 }
 
 
-_RELEASES = {
-    "v4flash-gb300": "26.04",
-    "v4pro-gb300": "26.05",
-    "dsv3-gb200-256": "26.08",
-    "dsv3-h100-1024": "25.09",
-}
-"""Of Megatron-Bridge; a card of DeepSeek-V3 stands beside the table of 26.08."""
+_NEWEST = "99.12"
 
 
 def _mixed_software(row: dict[str, str], overlapped: bool) -> Software:
-    if row["id"] in _RELEASES:
+    """What its release of Megatron-Bridge did, of a row from there, the newest where it names none."""
+    if re.search(r"Megatron-Bridge|\bcard\b", row["source"]):
+        release = re.search(r"\b\d\d\.\d\d\b", row["source"])
         model = row["model"].replace("DeepSeek-V3", "DeepSeekV3")
-        return software(model, row["chip"], _RELEASES[row["id"]])
+        return software(model, row["chip"], release[0] if release else _NEWEST)
     # torchtitan-npu sends a copy of each token for each expert; DualPipe hides the exchange behind other work
     return Software(dispatch="plain" if "Ascend" in row["chip"] else "fused", hidden_exchange=overlapped)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fullweight.core.config import Config
-from fullweight.models.deepseek_v4.config import DeepSeekV4Config
+from fullweight.models.deepseek_v4.config import CSA_RATIO, DeepSeekV4Config, LayerKind
 from fullweight.models.deepseek_v4.flops import forward_flops, layer_flops, parameters_by_component
 
 
@@ -58,6 +58,7 @@ class Work:
     gemm_flops: float  # projections, dense feed-forward, shared experts, router, head
     expert_flops: float
     attention_flops: float
+    attention_made: float  # the same, as kernels make it: what is masked out of a selection, too narrow heads
     dense_parameters: int  # all but routed experts, embedding included
     expert_parameters: int
     experts: int
@@ -69,7 +70,6 @@ class Work:
     score_bytes: (
         float  # traffic of one layer's attention scores, one token, forward, where they are not fused away
     )
-    head_dim: int
     expert_width: int  # of one expert's products
     stage_costs: tuple[float, ...]  # forward FLOPs of each layer; the last one with all that follows it
 
@@ -115,6 +115,7 @@ def work_of(shape: Shape, sequence: int) -> Work:
         gemm_flops=2 * (gemm + mtp),
         expert_flops=2 * moe_total * shape.top_k * expert,
         attention_flops=attention_flops,
+        attention_made=attention_flops * max(1.0, _WIDE_HEAD / shape.head_dim),
         dense_parameters=int(gemm + extra_layers * 2 * d * d + head),
         expert_parameters=moe_total * shape.experts * expert,
         experts=shape.experts,
@@ -131,7 +132,6 @@ def work_of(shape: Shape, sequence: int) -> Work:
         ),
         # written as scores, read and written by scale with mask, by softmax and by dropout, and read again
         score_bytes=2.0 * 5 * shape.heads * sequence,
-        head_dim=shape.head_dim,
         expert_width=shape.expert_ffn,
         stage_costs=(*costs[:-1], costs[-1] + last),
     )
@@ -144,12 +144,16 @@ def work_of_v4(config: DeepSeekV4Config, lengths: Sequence[int]) -> Work:
     blocks = config.num_hidden_layers + (1 if config.num_nextn_predict_layers else 0)
     routed = parameters["routed_experts"] // config.num_hidden_layers * blocks
     d, c, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    # sparse attention has as many slots for every query as the longest selection of its document
+    slots = sum(n * min(config.index_topk, n // CSA_RATIO) for n in lengths) * config.count_layers(LayerKind.CSA)
+    empty = 4 * heads * c * slots - flops["csa_attention"]
     expert = flops["routed_experts"] / config.num_hidden_layers * blocks
     attention = sum(flops[k] for k in ("window_attention", "csa_attention", "hca_attention", "indexer_scores"))
     total = sum(flops.values())
     layers, rest = layer_flops(config, lengths)
-    # a query's selected entries are gathered for itself alone
-    gathered = flops["csa_attention"] / (4 * heads) / tokens / config.num_hidden_layers
+    # a query's selected entries are gathered for itself alone, and read again backward, where their gradients are
+    # added up in fp32: 2 bytes forward and 10 backward, as if 4 were read in each of three passes
+    gathered = 2 * flops["csa_attention"] / (4 * heads) / tokens / config.num_hidden_layers
     f, k, n = config.moe_intermediate_size, config.num_experts_per_tok, config.hc_mult
     return Work(
         name="deepseek-v4",
@@ -158,20 +162,28 @@ def work_of_v4(config: DeepSeekV4Config, lengths: Sequence[int]) -> Work:
         gemm_flops=(total - expert - attention) / tokens,
         expert_flops=expert / tokens,
         attention_flops=attention / tokens,
+        attention_made=(attention + empty) / tokens,
         dense_parameters=sum(parameters.values()) - routed,
         expert_parameters=routed,
         experts=config.n_routed_experts,
         top_k=k,
         moe_layers=blocks,
-        # four streams are read and written by each of two hyper-connections, beside what every block does
-        layer_bytes=2.0 * (14 * d + 8 * n * d + 4 * heads * c + gathered + 3 * (k * (f + d) + f)),
+        layer_bytes=2.0 * (14 * d + _STREAMS * n * d + 4 * heads * c + gathered + 3 * (k * (f + d) + f)),
         head_bytes=16.0 * config.vocab_size * (1 + blocks - config.num_hidden_layers),
         input_bytes=4.0 * (2 * d + heads * c + k * (d + f)),
         score_bytes=2.0 * 5 * heads * (config.sliding_window + config.index_topk),
-        head_dim=c,
         expert_width=f,
         stage_costs=(*(x / tokens for x in layers[:-1]), (layers[-1] + rest) / tokens),
     )
+
+
+_WIDE_HEAD = 128
+"""Width of a head below which the exponentials of attention, not its products, set the pace."""
+_STREAMS = 2 * (4 + 13) / 3
+"""How often a block's hyper-connections read or write the streams, a third of both passes. Each of the two, forward:
+read to norm and weigh them, to mix the input, to mix them among themselves, and written. Backward: their gradient and
+themselves read, a gradient written (3), the mix of the input likewise (2), norm and weights (2), and three gradients
+added up, two reads and a write for each of two sums (6)."""
 
 
 def _attention_parameters(shape: Shape) -> tuple[int, int]:

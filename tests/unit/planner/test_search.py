@@ -179,6 +179,8 @@ def test_attention_is_by_document() -> None:
     keys = 4 * heads * (FLASH.num_hidden_layers * pairs + csa * entries)
     scores = csa * 2 * FLASH.index_n_heads * FLASH.index_head_dim * sum((t + 1) // 4 for t in range(8))
     assert planner.work.attention_flops == pytest.approx((keys + scores) / 8)
+    masked = 4 * heads * csa * (8 * 2 - entries)  # each query has the two slots that the last one fills
+    assert planner.work.attention_made == pytest.approx((keys + scores + masked) / 8)
     # the MTP block's window is counted with its products
     assert short.job.work.gemm_flops == pytest.approx(whole.job.work.gemm_flops, rel=0.01)
     assert short.job.work.expert_flops == whole.job.work.expert_flops
