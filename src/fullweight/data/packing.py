@@ -15,6 +15,7 @@ Source: best-fit packing as in "Fewer Truncations Improve Language Modeling" (ar
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def epoch_samples(groups: Sequence[Indices], weights: Sequence[float] | None, se
     """
     if weights is None:
         return np.concatenate(groups)
-    shares = np.array(weights, dtype=np.float64) * sum(map(len, groups)) / sum(weights)
+    shares = np.array(weights, dtype=np.float64) * sum(map(len, groups)) / math.fsum(weights)
     counts = np.floor(shares).astype(np.int64)
     short = sum(map(len, groups)) - int(counts.sum())
     counts[np.argsort(counts - shares, kind="stable")[:short]] += 1

@@ -93,7 +93,7 @@ def describe() -> dict[str, dict[str, Any]]:
 def _turns(config: SynthConfig) -> Iterator[str]:
     """The task of each sample: always the one farthest behind its share."""
     weights = config.task_weights()
-    total = sum(weights.values())
+    total = math.fsum(weights.values())  # rounded once: Python's own sum rounds otherwise from 3.12 on
     shares = {name: weight / total for name, weight in weights.items()}
     given = dict.fromkeys(shares, 0)
     for i in range(1, config.num_samples + 1):
