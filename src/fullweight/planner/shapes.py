@@ -180,10 +180,12 @@ def work_of_v4(config: DeepSeekV4Config, lengths: Sequence[int]) -> Work:
 _WIDE_HEAD = 128
 """Width of a head below which the exponentials of attention, not its products, set the pace."""
 _STREAMS = 2 * (4 + 13) / 3
-"""How often a block's hyper-connections read or write the streams, a third of both passes. Each of the two, forward:
-read to norm and weigh them, to mix the input, to mix them among themselves, and written. Backward: their gradient and
-themselves read, a gradient written (3), the mix of the input likewise (2), norm and weights (2), and three gradients
-added up, two reads and a write for each of two sums (6)."""
+"""How often a block's hyper-connections read or write the streams, a third of both passes.
+
+Each of the two, forward: read for the norm and weights, for the input, and to mix them, and written. Backward: their
+gradient and themselves read and a gradient written (3), the input's likewise (2), norm's and weights' (2), and three
+gradients added up, two reads and a write for each of two sums (6).
+"""
 
 
 def _attention_parameters(shape: Shape) -> tuple[int, int]:
