@@ -182,9 +182,9 @@ _WIDE_HEAD = 128
 _STREAMS = 2 * (4 + 13) / 3
 """How often a block's hyper-connections read or write the streams, a third of both passes.
 
-Each of the two, forward: read for the norm and weights, for the input, and to mix them, and written. Backward: their
-gradient and themselves read and a gradient written (3), the input's likewise (2), norm's and weights' (2), and three
-gradients added up, two reads and a write for each of two sums (6).
+Each of the two, forward: read for the norm and weights, for the input, and to mix them, and written. Backward:
+their gradient and themselves read and a gradient written (3), the input's likewise (2), norm's and weights' (2),
+and three gradients added up, two reads and a write for each of two sums (6).
 """
 
 
