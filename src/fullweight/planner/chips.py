@@ -76,7 +76,10 @@ class Chip(Config):
 
     def link(self, span: int) -> Link:
         """The nearest links that join `span` consecutive ranks."""
-        return next((x for x in self.links if x.ranks == 0 or span <= x.ranks), self.links[-1])
+        for link in self.links:
+            if link.ranks == 0 or span <= link.ranks:
+                return link
+        return self.links[-1]
 
 
 def chip(name: str, extra: Path | None = None) -> Chip:

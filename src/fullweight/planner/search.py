@@ -319,7 +319,7 @@ class _Queue:
             base = base.model_copy(update={"reshard_after": "micro_batch"})
         if shape.documents >= self._too_long.get(shape[:-1], math.inf):  # fewer in a row did not fit either
             return
-        if self._asked(self._timed(space.policies(base)[-1], layout, shape.documents)) is None:
+        if self._asked(self._timed(space.smallest(base), layout, shape.documents)) is None:
             self._too_long[shape[:-1]] = min(shape.documents, self._too_long.get(shape[:-1], shape.documents))
             return
         rows = self._planner.request.global_batch // shape.documents // layout.data_size
@@ -330,9 +330,9 @@ class _Queue:
 
     def _open_schedule(self, fastest: Candidate) -> None:
         """Queue what is recomputed or offloaded with one schedule, unless the smallest layout is far too large."""
-        _, *between, last = space.policies(fastest.parallel)
-        smallest = self._timed(last, fastest.layout, fastest.documents)
+        smallest = self._timed(space.smallest(fastest.parallel), fastest.layout, fastest.documents)
         if self._asked(smallest) is not None:
+            between = space.policies(fastest.parallel)[1:-1]
             layouts = [self._timed(p, fastest.layout, fastest.documents) for p in between]
             for candidate in (fastest, *layouts, smallest):
                 self._push(candidate.seconds, partial(self._ask, candidate, 0))

@@ -79,10 +79,22 @@ def parallel(shape: Shape, schedule: Schedule = ("1f1b", 1, "step")) -> Parallel
     )
 
 
+_POLICIES = tuple(product((False, True), ("none", "selective", "full")))
+"""(moments on the host, what is recomputed)."""
+
+
 def policies(base: ParallelConfig) -> list[ParallelConfig]:
     """With every choice of what is recomputed and offloaded; the last one needs the least memory."""
-    choices = product((False, True), ("none", "selective", "full"))
-    return [base.model_copy(update={"recompute": r, "offload_optimizer": o}) for o, r in choices]
+    return [_with(base, *choice) for choice in _POLICIES]
+
+
+def smallest(base: ParallelConfig) -> ParallelConfig:
+    """The last of these."""
+    return _with(base, *_POLICIES[-1])
+
+
+def _with(base: ParallelConfig, offload: bool, recompute: str) -> ParallelConfig:
+    return base.model_copy(update={"recompute": recompute, "offload_optimizer": offload})
 
 
 def with_a_layer_moved(
