@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from fullweight.audit.again import Means
     from fullweight.audit.drawn import Replayed, Replaying
     from fullweight.audit.verify import Report
 
@@ -43,6 +44,10 @@ def verify_command(
     data_files: Annotated[
         Path | None, typer.Option(help="folder with the run's data files for --replay, if not where they were")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="the device for --replay, by its name in recipes, instead of the recorded one"),
+    ] = None,
     page: Annotated[Path | None, typer.Option("--report", help="write the report of the bundle here too")] = None,
     public_key: Annotated[Path | None, typer.Option(help="key whose signature you trust, in PEM form")] = None,
     chain: Annotated[list[Path] | None, typer.Option(help="trusted certificate; repeatable")] = None,
@@ -64,12 +69,13 @@ def verify_command(
     """
     import json
 
+    from fullweight.audit.again import Means
     from fullweight.audit.signing import Trust
     from fullweight.audit.verify import lacking, required, verify, verify_together
     from fullweight.evidence.bundle import RefusedError
 
     needed = required(require or [])
-    replaying = _asked(replay, beacon, level, boundaries, data_files)
+    replaying = _asked(replay, beacon, level, boundaries, Means(data=data_files, device=device))
     if (run is not None or data or replaying is not None) and len(bundles) > 1:
         raise typer.BadParameter(f"--run, --data and --replay go with one bundle, found {len(bundles)}")
     if data and run is None:
@@ -102,7 +108,7 @@ def verify_command(
 
 
 def _asked(
-    count: int | None, beacon: str | None, level: Level, boundaries: Path | None, data_files: Path | None
+    count: int | None, beacon: str | None, level: Level, boundaries: Path | None, means: Means
 ) -> Replaying | None:
     """What --replay asks for; the options that belong to it are refused without it."""
     import secrets
@@ -112,15 +118,15 @@ def _asked(
 
     if level is Level.step and boundaries is not None:
         raise typer.BadParameter("--boundaries goes with --level layer")
+    if level is Level.layer and means.device is not None:
+        raise typer.BadParameter("--device goes with whole steps: --level layer takes pieces again on a CPU")
     if count is None:
-        if beacon is not None or level is Level.layer or data_files is not None:
+        if beacon is not None or level is Level.layer or means != Means():
             raise typer.BadParameter(
-                "--beacon, --level and --data-files go with --replay N: say how much to take again"
+                "--beacon, --level, --data-files and --device go with --replay N: say how much to take again"
             )
         return None
-    return Replaying(
-        count, beacon or secrets.token_hex(16), Means(data=data_files), level is Level.layer, boundaries
-    )
+    return Replaying(count, beacon or secrets.token_hex(16), means, level is Level.layer, boundaries)
 
 
 def plain(text: str) -> Text:

@@ -122,9 +122,29 @@ def test_the_command_draws_and_prints_how(
         "bit-exact",
         {"start": 3, "stop": 6},
     )
-    for wrong in (["--beacon", "ab"], ["--replay", "1", "--boundaries", "b"], ["--level", "layer"], ["--data"]):
+    layer = ["--replay", "1", "--level", "layer"]
+    for wrong in (
+        ["--beacon", "ab"],
+        ["--device", "cpu"],
+        ["--replay", "1", "--boundaries", "b"],
+        ["--level", "layer"],
+        [*layer, "--device", "cpu"],
+        ["--data"],
+    ):
         assert main(["verify", str(packed), *wrong]) == 2, wrong
     assert main(["verify", str(packed), str(honest.bundle), "--replay", "1"]) == 2
+
+
+def test_another_device(honest: Honest, capsys: pytest.CaptureFixture[str]) -> None:
+    """The window is taken again on the device that is asked for; one that is not there is no verdict."""
+    given = ["verify", str(honest.bundle), "--run", str(honest.run), "--replay", "1", "--json", "--device"]
+    assert main([*given, "cpu"]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    assert found["claims"][-1]["status"] == "holds"
+    assert main([*given, "gpu"]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    assert found["claims"][-1]["status"] == "not checkable"
+    assert "gpu" in found["claims"][-1]["told"]
 
 
 def test_single_layers(honest: Honest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
