@@ -5,7 +5,7 @@
     python benchmarks/rehearsals.py --table         # write docs/plan_memory.md from the recordings: seconds
 
 Those whose names begin with `ascend` are of an Ascend die's operations, and are traced where torch_npu imports
-(`tests/ascend/cann.py`).
+(`tests/ascend/cann.py`); those that begin with `cuda` are of CUDA's, which are traced anywhere.
 
 Recordings are in tests/unit/planner/rehearsed.json, where tests/unit/planner/test_memory.py holds the planner to
 them. Each has the command that says the same. One role is traced at a time, on one thread, in a process of its
@@ -51,7 +51,7 @@ class Case:
 
     def command(self) -> str:
         changes = "".join(f' --set "{setting}"' for setting in self.settings)
-        device = "" if self.operations == "cpu" else f" --device npu --ops {self.operations}"
+        device = {"cpu": "", "cuda": " --ops cuda", "ascend": " --device npu --ops ascend"}[self.operations]
         return f"fullweight rehearse {self.recipe} --ranks {self.ranks}{device}{changes}"
 
 
@@ -445,11 +445,40 @@ CASES |= {
     for name, (of, roles, held_out) in _OF_ASCEND.items()
 }
 
+# (the layout that is traced with CUDA's operations too, settings beside its own, roles, whether it is held out)
+_OF_CUDA: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], bool]] = {
+    "cuda_tiny_fsdp": ("tiny_fsdp", (), (), False),
+    "cuda_tiny_pipeline": ("tiny_pipeline", ("parallel.recompute='selective'",), (), False),
+    "cuda_tiny_slices": ("tiny_slices", (), (), False),
+    "cuda_tiny_zero_bubble": ("tiny_zero_bubble", (), (), False),
+    "cuda_small_odd_pipeline3": ("small_odd_pipeline3", (), (), False),
+    "cuda_flash_h200_64": ("flash_h200_64", (), (), False),
+    "cuda_flash_h200_none": ("flash_h200_64", ("parallel.recompute='none'",), (), False),
+    "cuda_flash_h200_selective": ("flash_h200_64", ("parallel.recompute='selective'",), (), False),
+    "cuda_flash_slices": ("flash_slices", (), ("all ranks, last slice",), False),
+    "cuda_flash_zero_bubble": ("flash_zero_bubble", (), ("stage 1",), False),
+    "cuda_pro_h100_256": ("pro_h100_256", (), (), False),
+    "cuda_pro_h200_512": ("pro_h200_512", (), (), False),
+    "cuda_flash_pipeline8": ("flash_pipeline8", (), ("stage 3", "stage 7"), True),
+    "cuda_pro_reshard4": ("pro_reshard4", (), ("stage 3",), True),
+}
+CASES |= {
+    name: replace(
+        CASES[of],
+        settings=(*CASES[of].settings, *settings),
+        roles=roles,
+        held_out=held_out,
+        operations="cuda",
+    )
+    for name, (of, settings, roles, held_out) in _OF_CUDA.items()
+}
+
 
 def record(name: str) -> dict[str, Any]:
     """Trace the roles of a case."""
     case = CASES[name]
-    device, chosen = ("cpu", []) if case.operations == "cpu" else ("npu", [f"ops.default='{case.operations}'"])
+    device = "npu" if case.operations == "ascend" else "cpu"
+    chosen = [] if case.operations == "cpu" else [f"ops.default='{case.operations}'"]
     config = RunConfig.from_toml(ROOT / case.recipe, [*case.settings, *chosen])
     found = rehearse(config, case.recipe, case.ranks, chip("h100"), Routing(), device=device, roles=case.roles)
     return recorded(name, config, found.roles)

@@ -41,8 +41,9 @@ def test_training_names_no_method() -> None:
 VENDORS = re.compile(
     r"\b(torch_npu|npu|cuda|nvtx|nccl|hccl|mstx|nvidia-smi|npu-smi)\b|^(cuda|npu)$", re.IGNORECASE
 )
-# Where vendors are known: the devices themselves, their operations and the table of these.
-OF_VENDORS = ("devices/", "ops/__init__.py", "ops/ascend", "ops/cuda")
+# Where vendors are known: the devices themselves, their operations and the table of these, and what the planner
+# counts of them.
+OF_VENDORS = ("devices/", "ops/__init__.py", "ops/ascend", "ops/cuda", "planner/operations/")
 # The doctor knows vendors' settings by name, and reaches their devices through the contract like everybody.
 OF_SETTINGS = ("doctor/",)
 

@@ -63,13 +63,13 @@ class CudaOperations(AcceleratorOperations):
         return group != "experts" or workload.dtype == torch.bfloat16
 
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return fused.NormRotary.apply(_rows(x), weight, eps, None, None).view(x.shape)
+        return fused.NormRotary.apply(x, weight, eps, None, None)
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return fused.Rotary.apply(_rows(x), cos, sin).view(x.shape)
+        return fused.Rotary.apply(x, cos, sin)
 
     def norm_rotary(self, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-        return fused.NormRotary.apply(_rows(x), weight, eps, cos, sin).view(x.shape)
+        return fused.NormRotary.apply(x, weight, eps, cos, sin)
 
     def swiglu(self, gate_up: Tensor, limit: float) -> Tensor:
         return fused.SwiGlu.apply(gate_up, limit)
@@ -121,8 +121,3 @@ class CudaOperations(AcceleratorOperations):
                 f"experts of the cuda operations: torch's grouped products take bfloat16, found {found}; "
                 'set ops.experts = "reference"'
             )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[T, ..., c] as [T, M, c]."""
-    return x.contiguous().view(x.shape[0], x[:1].numel() // x.shape[-1] if x.shape[0] else 1, x.shape[-1])

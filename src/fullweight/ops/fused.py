@@ -86,8 +86,14 @@ def norm_backward(
     return dx if weight is None else (dx, (given * y).sum((0, 1)).to(weight.dtype))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[T, ..., c] as [T, M, c]."""
+    return x.contiguous().view(x.shape[0], x[:1].numel() // x.shape[-1] if x.shape[0] else 1, x.shape[-1])
+
+
 class NormRotary(torch.autograd.Function):
-    """RMSNorm over rows [T, M, c], then rotation where there are tables; keeps its input alone."""
+    """RMSNorm of [T, ..., c], then rotation where there are tables; keeps its input alone, as it came: only so is
+    it known for a tensor that can be made again (`recompute.py`)."""
 
     @staticmethod
     def forward(
@@ -95,32 +101,32 @@ class NormRotary(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
-        out: Tensor = run(norm, x, weight, eps, cos, sin)
-        return out
+        out: Tensor = run(norm, _rows(x), weight, eps, cos, sin)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
-        found = run(norm_backward, x, grad.contiguous(), weight, ctx.eps, cos, sin)
+        found = run(norm_backward, _rows(x), _rows(grad), weight, ctx.eps, cos, sin)
         dx, dweight = (found, None) if weight is None else found
-        return dx, dweight, None, None, None
+        return dx.view(x.shape), dweight, None, None, None
 
 
 class Rotary(torch.autograd.Function):
-    """Rotation of rows [T, M, c]; its gradient is rotated back."""
+    """Rotation of [T, ..., c]; its gradient is rotated back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        out: Tensor = run(turn, x, cos, sin)
-        return out
+        out: Tensor = run(turn, _rows(x), cos, sin)
+        return out.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return run(turn, grad.contiguous(), cos, -sin), None, None
+        return run(turn, _rows(grad), cos, -sin).view(grad.shape), None, None
 
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:

@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from fullweight.core.config import Config, nearest, read_toml
 from fullweight.core.errors import ConfigError
+from fullweight.planner.operations import OF_MAKERS
 
 _GIB = 2**30
 _STATUSES = ("measured", "stated", "derived")
@@ -63,8 +64,8 @@ class Chip(Config):
 
     @property
     def operations(self) -> str:
-        """The set of operations that a step's memory is counted with: its own, or a CPU's."""
-        return "ascend" if self.maker == "Ascend" else "cpu"
+        """The set of operations that a step's memory is counted with: its maker's."""
+        return OF_MAKERS[self.maker]
 
     @property
     def bf16_tflops(self) -> float:

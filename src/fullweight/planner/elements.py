@@ -112,27 +112,31 @@ def _tools(around: Around, row: Row) -> tuple[Tape, Graph, Sharding, Operations]
     graph = Graph(tape)
     if around.keeps_graph:
         graph.outlives = []
-    uses: dict[str, Block] = {}
+    parts: list[Block] = []  # of the head's gradient, added up so far
+    came = 0
+    at_once = around.uses == 1 and SETS[row.operations].head_in_forward
 
     def weigh(name: str, block: Block) -> None:
         """A weight's gradient: kept where it waits for others or for its reduction, or added to what is kept."""
-        if name == "head.weight" and around.uses > 1:
-            other = uses.pop(name, None)
-            if other is None:
-                uses[name] = block
+        nonlocal came
+        if name == "head.weight" and around.uses * ops.head_parts > 1:
+            if parts:
+                block = tape.new(block.num_bytes)
+                parts.clear()
+            came += 1
+            if came < around.uses * ops.head_parts:
+                parts.append(block)
                 return
-            block = tape.new(block.num_bytes)
-            del other
         sharded = name in (around.root if name in _ROOT else around.unit.sharded)
         if around.hooked and name not in _ROOT:
             sharding.weigh(name, block)
         elif around.first or (around.hooked and sharded):
-            if not sharded and not (name == "head.weight" and around.uses == 1):
+            if not sharded and not (name == "head.weight" and at_once):
                 tape.mark(block, GRADIENTS)
             sharding.kept.append(block)
 
     ops = SETS[row.operations](tape, graph, weigh, around.late)
-    ops.marked = around.first and around.uses == 1 and "head.weight" not in around.root
+    ops.marked = around.first and at_once and "head.weight" not in around.root
     return tape, graph, sharding, ops
 
 

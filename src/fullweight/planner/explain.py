@@ -312,10 +312,5 @@ def unknowns(best: Candidate) -> list[str]:
         and not name.endswith("_w")
         and (not name.startswith("links.") or any(name.startswith(link) for link in used))
     ]
-    if chip.operations == "cpu" and best.parallel.recompute != "full":
-        found.append(
-            "activations: a CPU's operations are counted; the chip's own hold 6 to 8 % more in two rehearsals of "
-            "layouts that do not recompute in full (fullweight rehearse --ops says how much here)"
-        )
     found.append("this system's own kernels on this chip: no run; efficiencies are those of published runs")
     return found

@@ -94,10 +94,11 @@ class Graph:
         backward: Callable[..., Gradients],
         inputs: Sequence[Value | None],
         blocks: Sequence[Block],
-        saved: Sequence[Value | Block | None] = (),
+        saved: Sequence[Value | Block | list[Block] | None] = (),
         own: tuple[Any, ...] = (),
     ) -> list[Value]:
-        """An operation's outputs. Of `saved`, a value that has a recipe is kept as that."""
+        """An operation's outputs. Of `saved`, a value that has a recipe is kept as that; of what is in a list
+        backward lets go on its way."""
         self.count += 1
         edges = tuple([v.source if v is not None else None for v in inputs])
         node = Node(self.count, backward, edges, len(blocks), [], own, bool(saved))
@@ -115,7 +116,7 @@ class Graph:
                 node.own = (*own, self.book)
         return [Value(block, (node, i)) for i, block in enumerate(blocks)]
 
-    def _kept(self, item: Value | Block | None) -> Any:
+    def _kept(self, item: Value | Block | list[Block] | None) -> Any:
         if isinstance(item, Value):
             return item.recipe if item.recipe is not None and self.recipes and self._plain else item.block
         return item

@@ -22,6 +22,7 @@ from fullweight.models.deepseek_v4.parts import Part
 from fullweight.parallel.config import Layout, ParallelConfig
 from fullweight.parallel.stages import Schedule
 from fullweight.planner.memory import MemoryModel, Mine, Setting, StageMemory
+from fullweight.planner.operations import SETS, Operations
 
 _FP32, _BF16, _INT64 = 4, 2, 8
 _PIECE = 2**25  # bytes of gathered entries that sparse attention has at a time
@@ -37,8 +38,9 @@ class _How:
     tensor: int
     dealt: bool  # experts over ranks
     staged: bool
-    operations: str
+    operations: type[Operations]
     load: float
+    row_tokens: int
 
 
 @dataclass(eq=False)
@@ -88,7 +90,13 @@ class Screen:
         tokens = setting.row_tokens // layout.num_slices
         load = setting.load
         how = _How(
-            parallel.recompute, layout.tensor, layout.expert > 1, layout.pipeline > 1, setting.operations, load
+            parallel.recompute,
+            layout.tensor,
+            layout.expert > 1,
+            layout.pipeline > 1,
+            SETS[setting.operations],
+            load,
+            setting.row_tokens,
         )
         kept = self._activations(how, parallel, mine, rank, setting.micro_batches, tokens)
         attention, experts, table, head = self._temporaries(how, layout.expert, mine, tokens)
@@ -174,8 +182,9 @@ class Screen:
                 ahead = 0
             waiting = ahead + (1 if parts[0].is_first else 0)
             total += waiting * payload
-        # gradients of the head are made in forward, for both losses
-        heads = 2 * _FP32 * config.vocab_size * d if mine.last else 0
+        # gradients of the head are made in forward, for both losses, but where logits are made again
+        in_forward = mine.last and how.operations.head_in_forward
+        heads = 2 * _FP32 * config.vocab_size * d if in_forward else 0
         return int(total * tokens + heads)
 
     def _kind(self, layer: int) -> tuple[LayerKind, bool]:
@@ -211,9 +220,11 @@ class Screen:
         # gradients of the block's experts before they join the sum over micro-batches
         routed += _FP32 * 3 * d * f * config.n_routed_experts // expert
         streams = 2 * n * d * _BF16 * tokens
-        # a micro-batch's gradient of the embedding beside the sum; the head in the compute type, and parts of it
+        # a micro-batch's gradient of the embedding beside the sum; the head in the compute type, and parts of it,
+        # or parts of its gradient as they are added up
         table = config.vocab_size * d * _FP32 if mine.first else 0
-        head = 3 * config.vocab_size * d * _BF16 if mine.last else 0
+        number = _BF16 if how.operations.head_in_forward else _FP32
+        head = 3 * config.vocab_size * d * number if mine.last else 0
         return int(streams + attention), int(streams + routed), table, head
 
     def _made_again(self, how: _How, mine: Mine, rows: float) -> float:
@@ -285,10 +296,7 @@ def _kept(config: DeepSeekV4Config, how: _How, layer: int) -> float:
     elif kind is LayerKind.HCA:
         attention += 2 * c * _FP32 + c * (_FP32 + _BF16) / HCA_RATIO
     hyper = 2 * maps * _FP32 + 2 * n * n * _FP32 + 4 * n * _FP32 + 2 * _FP32
-    if how.operations == "ascend":  # plain torch keeps the streams in fp32, thrice for each sublayer
-        sinkhorn = (2 * config.hc_sinkhorn_iters - 1) * (n * n + n)
-        hyper += 2 * (3 * n * d + d + sinkhorn) * _FP32
-        attention += heads * c * _BF16  # the output before it is rotated back too
+    hyper += how.operations.kept_more(config, kind, how.row_tokens)
     gate = 3 * experts * _FP32 + (0 if config.is_hash_layer(layer) else experts * _FP32) + k * 12 + 16
     routed: float = indices + 4 * k
     if how.policy == "none":

@@ -32,13 +32,10 @@ from fullweight.planner.memory import MemoryModel, Setting, StageMemory, num_gro
 from fullweight.planner.screen import CLOSE, SMALL, Screen
 from fullweight.planner.shapes import Work, work_of_v4
 
-ON_ASCEND, ON_NVIDIA, KEPT_ON_NVIDIA = 0.01, 0.03, 0.10
-"""How much more than the count a rank may need: on Ascend; on NVIDIA where whole blocks are recomputed; where not.
-
-On Ascend its own operations are counted, and peaks of recorded rehearsals with them are at most 0.6 % higher
-(`tests/unit/planner/test_memory.py`). On NVIDIA a CPU's are. Traced with CUDA's (`fullweight rehearse --ops cuda`)
-the eight shipped layouts, which recompute blocks whole, were -1.4 to +2.0 % of that; V4-Flash on 64 H200 with
-recompute `none` and `selective` 6.2 and 7.7 % above it (docs/plan.md).
+MORE = 0.01
+"""How much more than the count a rank may need. Operations of the chip's maker are counted; peaks of recorded
+rehearsals with them are at most 0.2 % higher for Flash and Pro, 1.5 % for tiny models
+(`tests/unit/planner/test_memory.py`).
 """
 
 
@@ -85,9 +82,7 @@ class Candidate:
     @property
     def most_bytes(self) -> int:
         """What the fullest rank may need with the operations that its chip runs."""
-        if self.job.chip.maker == "Ascend":
-            return int(self.fullest.peak * (1 + ON_ASCEND))
-        return int(self.fullest.peak * (1 + (ON_NVIDIA if self.parallel.recompute == "full" else KEPT_ON_NVIDIA)))
+        return int(self.fullest.peak * (1 + MORE))
 
     @property
     def tight(self) -> bool:

@@ -83,6 +83,22 @@ def test_a_recipe_of_a_recipe_keeps_the_first_input_only() -> None:
     assert calls == ["double", "sine", "double", "sine"]
 
 
+def test_a_norm_holds_nothing_that_can_be_made_again(ops: ReferenceOperations) -> None:
+    """A sublayer's input before its norm: neither it nor any view of it is there between forward and backward."""
+    x, weight = torch.randn(8, 16), torch.randn(16, requires_grad=True)
+    with recipes():
+        taken = keep(torch.sin, x)
+        held = weakref.ref(taken.untyped_storage())
+        y = ops.rms_norm(taken, weight, 1e-6)
+    del taken
+    gc.collect()
+    assert held() is None
+    y.sum().backward()
+    wide = torch.sin(x).double()
+    expected = (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()).sum(0)
+    torch.testing.assert_close(weight.grad, expected.float())
+
+
 def test_an_offer_does_not_run_its_function() -> None:
     w = torch.randn(3, requires_grad=True)
     b = torch.ones(3)

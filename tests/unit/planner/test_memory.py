@@ -13,7 +13,7 @@ import pytest
 
 from fullweight.models.deepseek_v4.config import DeepSeekV4Config
 from fullweight.models.deepseek_v4.model import DeepSeekV4
-from fullweight.ops import reference
+from fullweight.ops import dense, reference
 from fullweight.ops.ascend import attention as lists
 from fullweight.ops.cpu import attention, experts, loss
 from fullweight.optim import buckets, muon
@@ -27,6 +27,9 @@ from fullweight.planner.operations import attention as planned_attention
 from fullweight.planner.operations import experts as planned_experts
 from fullweight.planner.operations.ascend import attention as ascend_attention
 from fullweight.planner.operations.ascend import experts as ascend_experts
+from fullweight.planner.operations.cuda import attention as cuda_attention
+from fullweight.planner.operations.cuda import experts as cuda_experts
+from fullweight.planner.operations.cuda import indexer as cuda_indexer
 from fullweight.planner.passes import Row
 from fullweight.planner.recorded import planned
 from fullweight.planner.sharding import NOTHING, unit_of
@@ -54,9 +57,12 @@ def test_recordings_are_of_every_kind() -> None:
     known = [r for r in RECORDS if not r["held_out"] and r["operations"] == "cpu"]
     assert {r["model"]["preset"] for r in known} == {"tiny", "flash", "pro"}
     assert len(known) >= 24
-    of_ascend = [r for r in RECORDS if r["operations"] == "ascend"]
-    assert {r["model"]["preset"] for r in of_ascend} == {"tiny", "flash", "pro"}
-    assert {r["parallel"].get("recompute", "none") for r in of_ascend} == {"none", "selective", "full"}
+    for operations in ("ascend", "cuda"):
+        own = [r for r in RECORDS if r["operations"] == operations]
+        assert {"tiny", "flash", "pro"} <= {r["model"]["preset"] for r in own}
+        assert {r["parallel"].get("recompute", "none") for r in own} == {"none", "selective", "full"}
+        for axis in ("context", "tensor", "expert", "pipeline"):
+            assert any(r["parallel"].get(axis, 1) > 1 for r in own)
     parallel = [r["parallel"] for r in RECORDS]
     assert {p.get("recompute", "none") for p in parallel} == {"none", "selective", "full"}
     assert {p.get("schedule", "1f1b") for p in parallel} == {"1f1b", "interleaved", "zero_bubble", "zbv"}
@@ -84,6 +90,10 @@ def test_sizes_are_those_of_the_operations() -> None:
     assert ascend_experts.LOGITS == reference.TOKEN_CHUNK
     assert ascend_attention.PLACES == lists.STEP
     assert ascend_attention.ROTARY == lists.ROTARY_DIM
+    assert cuda_attention.BLOCK == dense.BLOCK
+    assert cuda_attention.MOST_SCORES == dense.MOST_SCORES
+    assert cuda_experts.LOGITS == reference.TOKEN_CHUNK
+    assert cuda_indexer.QUERIES == reference.QUERY_CHUNK
     assert planned_muon.CHUNK_ENTRIES == muon.CHUNK_ENTRIES
     assert planned_muon.BUCKET_BYTES == buckets.BUCKET_BYTES
     assert len(muon.COEFFICIENTS) == planned_muon.ITERATIONS
@@ -153,6 +163,25 @@ def test_more_micro_batches_than_the_schedule_holds_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
+        (
+            2,
+            (
+                "ops.default='cuda'",
+                "train.rows_per_step=6",
+                "parallel.pipeline=2",
+                "parallel.recompute='selective'",
+            ),
+        ),
+        (
+            4,
+            (
+                "ops.default='cuda'",
+                "data.row_tokens=1024",
+                "train.rows_per_step=2",
+                "parallel.tensor=2",
+                "parallel.expert=4",
+            ),
+        ),
         (4, ("train.rows_per_step=4", "parallel.expert=2")),
         (8, ("train.rows_per_step=8", "parallel.replicate=2", "parallel.tensor=2", "parallel.expert=2")),
         (4, ("train.rows_per_step=8", "parallel.pipeline=2", "parallel.recompute='full'")),
@@ -175,7 +204,7 @@ def test_more_micro_batches_than_the_schedule_holds_change_nothing() -> None:
             ),
         ),
     ],
-    ids=["fsdp-experts", "replicas", "pipeline", "context", "v-shaped"],
+    ids=["cuda-pipeline", "cuda-tensor", "fsdp-experts", "replicas", "pipeline", "context", "v-shaped"],
 )
 def test_rehearsals_of_now(ranks: int, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same of layouts that are traced here, not recorded."""
@@ -184,7 +213,9 @@ def test_rehearsals_of_now(ranks: int, settings: tuple[str, ...], monkeypatch: p
     config = RunConfig.from_toml(root / "recipes" / "tiny_smoke.toml", ["optimizer.name='adamw'", *settings])
     rehearsal = rehearse(config, "tiny", ranks, chip("h100"), Routing())
     layout = config.layout(ranks)
-    setting = Setting(config.data.row_tokens, config.train.rows_per_step // layout.data_size, "adamw")
+    operations = "cuda" if config.ops.default == "cuda" else "cpu"
+    rows = config.train.rows_per_step // layout.data_size
+    setting = Setting(config.data.row_tokens, rows, "adamw", operations=operations)
     stages = memory_of(config.model.architecture(), config.parallel, layout, setting)
     for role in rehearsal.roles:
         assert role.num_groups == num_groups(layout)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config, LayerKind
 from fullweight.planner.graph import Graph, Value
 from fullweight.planner.tape import GRADIENTS, Block, Tape
 
@@ -35,6 +37,14 @@ class Base:
     late: bool = False
     pending: list[Callable[[], None]] = field(default_factory=list)
     marked: bool = False  # the head's gradient that the optimiser gets is marked from its birth
+    head_parts: int = 1  # in how many parts a loss gives the head's gradient
+
+    head_in_forward: ClassVar[bool] = True  # the head's gradient is formed beside the loss
+
+    @classmethod
+    def kept_more(cls, config: DeepSeekV4Config, kind: LayerKind, row_tokens: int) -> int:
+        """Bytes that a layer keeps of a token beside what a CPU's operations do, for a quick look."""
+        return 0
 
     def new(self, num_bytes: float) -> Block:
         return self.tape.new(num_bytes)

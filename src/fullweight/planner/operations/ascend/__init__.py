@@ -11,10 +11,19 @@ themselves. Hyper-connections by torch_npu, which a recipe may ask for, are not 
 
 from __future__ import annotations
 
+from fullweight.models.deepseek_v4.config import DeepSeekV4Config, LayerKind
 from fullweight.planner.operations.ascend.attention import AscendAttention
 from fullweight.planner.operations.ascend.experts import AscendExperts
 from fullweight.planner.operations.ascend.indexer import AscendIndexer
+from fullweight.planner.operations.base import BF16, FP32
 
 
 class AscendOperations(AscendExperts, AscendAttention, AscendIndexer):
     """All of them; products and exchanges are those of every device."""
+
+    @classmethod
+    def kept_more(cls, config: DeepSeekV4Config, kind: LayerKind, row_tokens: int) -> int:
+        """The streams in fp32, thrice for each sublayer, and attention's output before it is rotated back too."""
+        n, d = config.hc_mult, config.hidden_size
+        wide = 2 * (3 * n * d + d) * FP32 + config.num_attention_heads * config.head_dim * BF16
+        return super().kept_more(config, kind, row_tokens) + wide

@@ -1,4 +1,4 @@
-"""Compression and attention of an Ascend die. Imports no torch."""
+"""Attention of an Ascend die. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,52 +6,15 @@ from collections.abc import Sequence
 
 from fullweight.planner.graph import Value
 from fullweight.planner.operations.base import BF16, FP32, INT32, INT64, Back, up
-from fullweight.planner.operations.cpu import Operations
+from fullweight.planner.operations.reference import Reference
 from fullweight.planner.tape import Block
 
 QUERIES = 256  # QUERY_CHUNK of ops/reference.py
 PLACES, ROTARY = 1024, 64  # STEP and ROTARY_DIM of ops/ascend/attention.py
 
 
-class AscendAttention(Operations):
+class AscendAttention(Reference):
     """One call over lists of the keys that each query sees."""
-
-    def compress(
-        self, name: str, values: Value, gates: Value, rows: int, entries: int, width: int, c: int, ratio: int
-    ) -> Value:
-        """Windows gathered by index; values and shares are kept."""
-        cells = entries * ratio * width * FP32
-        value, picked = self.new(cells), self.new(cells)
-        gate = self.new(cells)
-        del picked
-        if width > c:  # halves of the window before and of this one
-            picked = self.new(cells)
-            before = self.new(cells // 2), self.new(cells // 2)
-            del picked
-            picked = self.new(cells)
-            earlier = self.new(cells // 2)
-            del picked
-            value = self.new(cells)
-            del earlier
-            gate = self.new(cells)
-            del before
-        share, product = self.new(cells), self.new(cells)
-        out = self.new(entries * c * FP32)
-        del gate, product
-
-        def backward(gradients: Sequence[Block], saved: Sequence[Block]) -> Back:
-            dvalue, dshare = self.new(cells), self.new(cells)
-            dgate = self.new(cells)
-            del dshare
-            parts = [self.new(cells) for _ in range(2 if width > c else 0)]
-            size = rows * width * FP32
-            zeros, dvalues = self.new(size), self.new(size)
-            dgates = self.new(size)
-            del zeros, parts, dvalue, dgate
-            self.weigh(f"{name}.ape", self.new(ratio * width * FP32))
-            return dvalues, dgates
-
-        return self.graph.node(backward, [values, gates], [out], [value, share])[0]
 
     def attention(
         self,

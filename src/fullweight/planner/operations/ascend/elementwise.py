@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from fullweight.planner.graph import Value
 from fullweight.planner.operations.base import BF16, FP32, Back
-from fullweight.planner.operations.cpu import Operations
+from fullweight.planner.operations.reference import Reference
 from fullweight.planner.tape import Block
 
 
-class AscendElementwise(Operations):
+class AscendElementwise(Reference):
     """A rotation is an operation of its own; hyper-connections are plain torch."""
 
     def norm(
@@ -78,16 +78,9 @@ class AscendElementwise(Operations):
     def hyper_pre(
         self, name: str, streams: Value, tokens: int, n: int, d: int, rounds: int
     ) -> tuple[Value, Value, Value]:
-        maps, square = (2 + n) * n, tokens * n * n * FP32
-        logits = self._hyper_logits(f"{name}_fn", streams, tokens, n * d, maps)
-        made = [self.new(tokens * n * FP32), self.new(tokens * n * FP32), self.new(square)]
-        shares = self.new(2 * tokens * n * FP32)
-        # Sinkhorn's sums and quotients but the last, which is the result
-        every = self.new((2 * rounds - 1) * (square + tokens * n * FP32) + square)
-        weights = self.graph.node(
-            lambda g, s: (self.new(tokens * maps * FP32),), [logits], made, [shares, every, made[2]]
-        )
-        del logits, shares, every, made
+        logits = self._hyper_logits(f"{name}_fn", streams, tokens, n * d, (2 + n) * n)
+        weights = self.stream_weights(logits, tokens, n, rounds)
+        del logits
         x = self._mixed(streams, weights[0], tokens, n, d)
 
         def again(*_: Block) -> Block:
@@ -175,7 +168,4 @@ class AscendElementwise(Operations):
 
     def hyper_head(self, name: str, streams: Value, tokens: int, n: int, d: int) -> Value:
         logits = self._hyper_logits(f"{name}_fn", streams, tokens, n * d, n)
-        share = self.new(tokens * n * FP32)
-        back = lambda g, s: (self.new(tokens * n * FP32),)  # noqa: E731
-        pre = self.graph.node(back, [logits], [self.new(tokens * n * FP32)], [share])[0]
-        return self._mixed(streams, pre, tokens, n, d)
+        return self._mixed(streams, self.head_weights(logits, tokens, n), tokens, n, d)
