@@ -25,7 +25,7 @@ def plan_command(
     chips: Annotated[int, typer.Option(min=1, help="chips; a 910C chip is two dies, and each die a rank")],
     sequence: Annotated[int, typer.Option(min=1, help="tokens of a packed row")] = 4096,
     global_batch: Annotated[int, typer.Option(min=1, help="rows of a step, all ranks together")] = 1024,
-    method: Annotated[str, typer.Option(help="sft: the only one that is planned")] = "sft",
+    method: Annotated[str, typer.Option(help="sft or pretrain (continued), which cost the same")] = "sft",
     optimizer: Annotated[str, typer.Option(help="adamw or muon")] = "adamw",
     skew: Annotated[float, typer.Option(min=1.0, help="load of the fullest expert rank over the mean")] = 1.0,
     capacity_factor: Annotated[
@@ -58,16 +58,15 @@ def plan_command(
     """
     from rich.console import Console
 
+    from fullweight.core.config import nearest
     from fullweight.planner.answer import Answer, Money, describe
     from fullweight.planner.explain import FAILURES_PER_DEVICE_HOUR
-    from fullweight.planner.recipe import recipe_text
+    from fullweight.planner.recipe import SOURCES, recipe_text
     from fullweight.planner.report import print_comparison, print_plan
     from fullweight.planner.search import Planner
 
-    if method != "sft":
-        raise ConfigError(
-            f"--method {method!r} is not planned yet; use sft (continued pre-training costs the same)"
-        )
+    if method not in SOURCES:
+        raise ConfigError(f"--method {method!r} is not planned; {nearest(method, list(SOURCES))}")
     _check_outputs(emit, json_file, html_file)
     if sweep and (compare or emit):
         other = "--compare" if compare else "--emit"
@@ -105,7 +104,7 @@ def plan_command(
             write_page(record, html_file)
     first = answers[0].plan
     if emit is not None and first.best:
-        write_text(emit, recipe_text(first.request, first.chosen))
+        write_text(emit, recipe_text(first.request, first.chosen, method))
         console.print(f"wrote {emit}: set its data.sources, then rehearse and train", highlight=False)
     if not any(answer.plan.best for answer in answers):
         raise typer.Exit(2)

@@ -73,7 +73,7 @@ def rehearse_command(
             processes=processes,
             done=lambda result: progress.print(f"{result.role}: traced in {result.trace_seconds:.0f} s"),
         )
-    console = Console()
+    console = Console(width=max(Console().width, 160))
     console.print(memory_table(rehearsal))
     console.print(exchange_table(rehearsal))
     console.print(operations_note(rehearsal), highlight=False, markup=False)

@@ -16,8 +16,15 @@ _RELEASED_VOCABULARY = 129280
 _MUON = {"name": "muon", "learning_rate": 1e-5}
 
 
-def recipe_text(request: Request, candidate: Candidate) -> str:
-    """A recipe of supervised fine-tuning in this layout; its data are a place holder."""
+SOURCES: dict[str, dict[str, Any]] = {
+    "sft": {"kind": "file", "path": "data/sft.jsonl"},
+    "pretrain": {"kind": "file", "path": "data/text.jsonl", "columns": {"text": "text"}},
+}
+"""By method, a place holder for its data."""
+
+
+def recipe_text(request: Request, candidate: Candidate, method: str = "sft") -> str:
+    """A recipe of that method in this layout; its data are a place holder."""
     preset = request.model.removeprefix("deepseek-v4-")
     defaults = ParallelConfig()
     parallel = {
@@ -29,8 +36,8 @@ def recipe_text(request: Request, candidate: Candidate) -> str:
     values: dict[str, Any] = {
         "name": f"{preset if preset in PRESETS else 'model'}_{request.chip.name}_{request.ranks}",
         "model": {"preset": preset} if preset in PRESETS else {"config": request.model},
-        "data": {"row_tokens": row_tokens, "sources": [{"kind": "file", "path": "data/sft.jsonl"}]},
-        "method": {"name": "sft"},
+        "data": {"row_tokens": row_tokens, "sources": [SOURCES[method]]},
+        "method": {"name": method},
         "optimizer": _ADAMW if request.optimizer == "adamw" else _MUON,
         "schedule": {"kind": "cosine", "warmup_steps": 25},
         "train": {"num_steps": 500, "rows_per_step": request.global_batch // candidate.documents},

@@ -25,7 +25,8 @@ _COLOURS = ("#31456b", "#5b7db1", "#7aa6a1", "#9a7fb0", "#d98b4a", "#c9b458", "#
 def memory_table(rehearsal: Rehearsal) -> Table:
     """Peak of each role by category, in GiB."""
     layout = " x ".join(f"{axis} {size}" for axis, size in rehearsal.layout.items() if size > 1) or "one rank"
-    table = Table(title=f"{rehearsal.num_ranks} ranks of {rehearsal.chip}: {layout}; GiB at each role's peak")
+    title = f"{rehearsal.num_ranks} ranks of {rehearsal.chip}: {layout}; GiB at each role's peak"
+    table = Table(title=title, title_justify="left", box=None)
     table.add_column("role")
     table.add_column("ranks", justify="right")
     for category in CATEGORIES:
@@ -46,7 +47,9 @@ def memory_table(rehearsal: Rehearsal) -> Table:
 def exchange_table(rehearsal: Rehearsal) -> Table:
     """What each role gives to collectives in a step, by axis and kind."""
     table = Table(
-        title=f"collectives of a step, {rehearsal.rows_per_rank} micro-batches: count, GiB given by the rank"
+        title=f"collectives of a step, {rehearsal.rows_per_rank} micro-batches: count, GiB given by the rank",
+        title_justify="left",
+        box=None,
     )
     table.add_column("role")
     for title in ("axis", "ranks", "kind", "count", "GiB"):

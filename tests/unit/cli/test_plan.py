@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fullweight.cli.main import main
+from fullweight.train.config import RunConfig
 
 _JOB = ("plan", "flash", "--chip", "h200", "--chips", "32", "--global-batch", "256")
 
@@ -34,7 +35,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ),
         (("--chip", "h300"), "unknown chip 'h300'; did you mean 'h800' or 'h200' or 'h100'?"),
         (("--chip", ""), "unknown chip ''; valid: a100"),
-        (("--method", "grpo"), "is not planned yet; use sft"),
+        (("--method", "grpo"), "--method 'grpo' is not planned; valid: pretrain, sft"),
         (("--optimizer", "sgd"), "expected adamw or muon"),
         (("--price", "nan"), "greater than or equal to 0"),
         (("--price", "-1"), "greater than or equal to 0"),
@@ -125,6 +126,16 @@ def test_a_chip_file_that_cannot_be_read(
 
 
 _SMALL = ("plan", "tiny", "--chip", "h100", "--chips", "8", "--sequence", "512", "--global-batch", "64")
+
+
+@pytest.mark.parametrize("method", ["sft", "pretrain"])
+def test_a_recipe_is_of_the_method(capsys: pytest.CaptureFixture[str], tmp_path: Path, method: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    assert main([*_SMALL, "--method", method, "--emit", str(recipe)]) == 0
+    config = RunConfig.from_toml(recipe, [])
+    assert config.method.name == method
+    [source] = config.data.sources
+    assert (source.columns.text == "text") is (method == "pretrain")
 
 
 @pytest.mark.parametrize(
