@@ -461,6 +461,13 @@ _OF_CUDA: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], bool]] = {
     "cuda_pro_h200_512": ("pro_h200_512", (), (), False),
     "cuda_flash_pipeline8": ("flash_pipeline8", (), ("stage 3", "stage 7"), True),
     "cuda_pro_reshard4": ("pro_reshard4", (), ("stage 3",), True),
+    "cuda_tiny_experts": ("tiny_experts", (), (), True),
+    "cuda_tiny_hsdp_tensor": ("tiny_hsdp_tensor", (), (), True),
+    "cuda_tiny_interleaved": ("tiny_interleaved", (), (), True),
+    "cuda_tiny_zbv": ("tiny_zbv", (), (), True),
+    "cuda_tiny_muon_replicas": ("tiny_muon_replicas", (), (), True),
+    "cuda_flash_interleaved": ("flash_interleaved", (), ("stage 1",), True),
+    "cuda_pro_context_1024": ("pro_context_910c_1024", (), ("all ranks, last slice",), True),
 }
 CASES |= {
     name: replace(
