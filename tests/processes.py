@@ -33,6 +33,7 @@ class Ended:
 
     statuses: tuple[int, ...]
     output: str
+    errors: str = ""  # on standard error, where that was kept apart
 
     @property
     def ok(self) -> bool:
@@ -45,36 +46,42 @@ def fullweight(
     environment: dict[str, str] | None = None,
     call: str = "fullweight.cli.main:main",
     limit_seconds: float = _LIMIT_SECONDS,
+    apart: bool = False,
 ) -> Ended:
     """Run `call` (a function of a list of arguments that returns an exit status) on so many ranks.
 
-    What has not ended after `limit_seconds` of looking is killed.
+    What has not ended after `limit_seconds` of looking is killed. `apart`: what is on standard error
+    is no part of the output.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the server, before anything starts threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
+        errors = [log.with_suffix(".errors") if apart else log for log in logs]
         together = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **(environment or {})}
         if ranks > 1:
             together |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         processes = []
-        for rank, log in enumerate(logs):
+        for rank, files in enumerate(zip(logs, errors, strict=True)):
             own = {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else together
-            process = context.Process(target=_enter, args=(call, list(map(str, arguments)), own, str(log)))
+            process = context.Process(target=_enter, args=(call, list(map(str, arguments)), own, *map(str, files)))
             process.start()
             processes.append(process)
         statuses = _join(processes, limit_seconds)
-        return Ended(statuses, "".join(log.read_text(errors="replace") for log in logs if log.exists()))
+        return Ended(statuses, _text(logs), _text(errors) if apart else "")
 
 
-def _enter(call: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _text(files: Sequence[Path]) -> str:
+    return "".join(file.read_text(errors="replace") for file in files if file.exists())
+
+
+def _enter(call: str, arguments: list[str], environment: dict[str, str], log: str, errors: str) -> None:
     os.environ.update(environment)
     os.chdir(ROOT)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+    for stream, file in ((1, log), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     module, _, function = call.partition(":")

@@ -1,15 +1,15 @@
-"""Runs of the command line in fresh processes, as a user starts them."""
+"""Runs of the command line, each in a process of its own; tests that interrupt one start it as a user does."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import processes
 
 from fullweight.evidence.ledger import read
 
@@ -24,13 +24,11 @@ def fullweight() -> Command:
     """Run `fullweight ARGUMENTS` from the repository root on one thread; returns the finished process."""
 
     def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fullweight", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=500
-        )
-        assert check is None or done.returncode == check, done.stdout + done.stderr
-        return done
+        ended = processes.fullweight(*arguments, environment=environment, limit_seconds=500, apart=True)
+        [status] = ended.statuses
+        assert check is None or status == check, ended.output + ended.errors
+        return subprocess.CompletedProcess(arguments, status, ended.output, ended.errors)
 
     return run
 

@@ -10,12 +10,13 @@ from tests.processes import fullweight
 
 from fullweight.evidence.parting import parting
 
-_SHORT = ("--set", "train.num_steps=4", "--set", "checkpoint.every=2", "--set", "checkpoint.keep=9")
+_SHORT = ["train.num_steps=4", "checkpoint.every=2", "checkpoint.keep=9"]
+_SHORT += ["eval.num_samples=0", "data.held_out_fraction=0.02", "export.enabled=false"]
 
 
 def _train(folder: Path, *more: str) -> Path:
-    overrides = [part for text in more for part in ("--set", text)]
-    done = fullweight("train", "recipes/tiny_smoke.toml", "--output", folder, *_SHORT, *overrides)
+    overrides = [part for text in (*_SHORT, *more) for part in ("--set", text)]
+    done = fullweight("train", "recipes/tiny_smoke.toml", "--output", folder, *overrides)
     assert done.ok, done.output
     return folder
 

@@ -52,6 +52,7 @@ def test_the_warm_up_recipe_trains_the_indexers_alone(tmp_path: Path, fullweight
 def test_a_partly_frozen_run_resumes_exactly(tmp_path: Path, fullweight: Command) -> None:
     """After resuming, frozen tensors are still frozen and the numbers are those of a run that never stopped."""
     settings = ["schedule.kind=constant", "eval.num_samples=0", "export.format=float32"]
+    settings += ["data.held_out_fraction=0.02"]
     settings += ['train.frozen=["*.experts.*", "*.ffn.gate.*", "embed.weight"]']
     arguments = [SMOKE, *(a for s in settings for a in ("--set", s))]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,19 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
+@cache
+def check_help(*names: str) -> None:
+    page = CliRunner().invoke(app, [*names, "--help"])
+    assert page.exit_code == 0, page.output
+
+
 def check_fullweight(words: list[str]) -> dict[str, Any]:
     """Parse the arguments as the command line would, without running; returns the parameters, {} for a group."""
     command: Any = typer.main.get_command(app)
     context = command.make_context("fullweight", words, resilient_parsing=not words)
     while words and hasattr(command, "resolve_command"):
         name, command, words = command.resolve_command(context, words)
-        help_page = CliRunner().invoke(app, [*context.command_path.split()[1:], name, "--help"])
-        assert help_page.exit_code == 0, help_page.output
+        check_help(*context.command_path.split()[1:], name)
         # prose may name a command without its arguments
         context = command.make_context(name, words, parent=context, resilient_parsing=not words)
     return dict(context.params)

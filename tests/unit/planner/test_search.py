@@ -81,7 +81,7 @@ def everything(planner: Planner) -> Iterator[Candidate]:
 def test_the_search_finds_what_trying_everything_finds() -> None:
     """The queue gives the whole space in order, whatever fits; stages cut by hand come beside."""
     device = chip("h100").model_copy(update={"reserved_gb": 0.0, "buffer_gb_per_group": 0.0})
-    base = Request("small", DeepSeekV4Config.preset("small"), device, 8, 4096, 16)
+    base = Request("small", DeepSeekV4Config.preset("small"), device, 4, 4096, 16)
     tried = sorted(everything(Planner(base)), key=lambda c: c.seconds)
     peaks = sorted(c.fullest.peak for c in tried)
     for place in (20, len(peaks) // 3, -1):
