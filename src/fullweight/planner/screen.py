@@ -1,13 +1,13 @@
 """A quick look at a layout's memory, for a search over tens of thousands: which are worth a replay (`memory.py`).
 
-Beside recorded rehearsals of Flash and Pro it is between 47 % low, where a schedule puts weight gradients off, and
-2 % high, one layout with Muon 9 %, and 15 % beside replays of interleaved schedules with few micro-batches. A
-layout that it finds more than `CLOSE` times too large does not fit, one that it finds small enough is counted.
-Models narrower than `SMALL` are counted at once. State is exact; activations are counted tensor by tensor for each
-kind of block (`_kept`), times the micro-batches that the schedule holds at once; temporaries and buffers are what a
-block's backward pass needs beside that. A search asks of tens of thousands of layouts, so what does not depend on
-all of a layout is counted once: sums of parameters by how they are cut, bytes that a kind of block keeps by what is
-recomputed. Imports no torch.
+Beside recorded rehearsals of Flash and Pro it is between 47 % low, where a schedule puts weight gradients off,
+and 2 % high, one layout with Muon 9 %, and 15 % beside replays of interleaved schedules with few micro-batches.
+A layout that it finds more than `CLOSE` times too large does not fit, one that it finds small enough is counted.
+Models narrower than `SMALL` are counted at once. State is exact; activations are counted tensor by tensor for
+each kind of block (`_kept`), times the micro-batches that the schedule holds at once; temporaries and buffers
+are what a block's backward pass needs beside that. A search asks of tens of thousands of layouts, so what does
+not depend on all of a layout is counted once: sums of parameters by how they are cut, bytes that a kind of block
+keeps by what is recomputed. Imports no torch.
 """
 
 from __future__ import annotations
