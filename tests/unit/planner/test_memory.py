@@ -25,11 +25,9 @@ from fullweight.planner.memory import MemoryModel, Setting, StageMemory, memory_
 from fullweight.planner.operations import SETS, rounded_rows
 from fullweight.planner.operations import attention as planned_attention
 from fullweight.planner.operations import experts as planned_experts
+from fullweight.planner.operations import reference as planned_reference
 from fullweight.planner.operations.ascend import attention as ascend_attention
-from fullweight.planner.operations.ascend import experts as ascend_experts
 from fullweight.planner.operations.cuda import attention as cuda_attention
-from fullweight.planner.operations.cuda import experts as cuda_experts
-from fullweight.planner.operations.cuda import indexer as cuda_indexer
 from fullweight.planner.passes import Row
 from fullweight.planner.recorded import planned
 from fullweight.planner.sharding import NOTHING, unit_of
@@ -86,14 +84,12 @@ def test_sizes_are_those_of_the_operations() -> None:
     assert planned_experts.GROUP == experts.GROUP
     assert planned_experts.LOGITS == loss.LOGITS
     assert planned_experts.ROWS == loss.ROWS
-    assert ascend_attention.QUERIES == reference.QUERY_CHUNK
-    assert ascend_experts.LOGITS == reference.TOKEN_CHUNK
+    assert planned_reference.QUERIES == reference.QUERY_CHUNK
+    assert planned_reference.LOGITS == reference.TOKEN_CHUNK
     assert ascend_attention.PLACES == lists.STEP
     assert ascend_attention.ROTARY == lists.ROTARY_DIM
     assert cuda_attention.BLOCK == dense.BLOCK
     assert cuda_attention.MOST_SCORES == dense.MOST_SCORES
-    assert cuda_experts.LOGITS == reference.TOKEN_CHUNK
-    assert cuda_indexer.QUERIES == reference.QUERY_CHUNK
     assert planned_muon.CHUNK_ENTRIES == muon.CHUNK_ENTRIES
     assert planned_muon.BUCKET_BYTES == buckets.BUCKET_BYTES
     assert len(muon.COEFFICIENTS) == planned_muon.ITERATIONS

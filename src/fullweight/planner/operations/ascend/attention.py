@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from fullweight.planner.graph import Value
 from fullweight.planner.operations.base import BF16, FP32, INT32, INT64, Back, up
-from fullweight.planner.operations.reference import Reference
+from fullweight.planner.operations.reference import QUERIES, Reference
 from fullweight.planner.tape import Block
 
-QUERIES = 256  # QUERY_CHUNK of ops/reference.py
 PLACES, ROTARY = 1024, 64  # STEP and ROTARY_DIM of ops/ascend/attention.py
 
 

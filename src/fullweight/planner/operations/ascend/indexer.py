@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fullweight.planner.graph import Value
-from fullweight.planner.operations.ascend.attention import QUERIES
 from fullweight.planner.operations.base import BF16, FP32, INT32, INT64, Back
 from fullweight.planner.operations.cpu import Operations
+from fullweight.planner.operations.reference import QUERIES
 from fullweight.planner.tape import Block
 
 

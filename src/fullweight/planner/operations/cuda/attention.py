@@ -98,8 +98,8 @@ class CudaAttention(CudaElementwise):
         found = self.graph.node(backward, [q, keys, entries, None], [out], [q, keys, entries, selected, lse])
         del out, lse
         sine = self.new(tokens * turned // 2 * FP32)
-        back = lambda g, s: (self._turned(tokens * heads, c, turned, BF16),)  # noqa: E731
-        made = self._turned(tokens * heads, c, turned, BF16)
+        back = lambda g, s: (self.turned(tokens * heads, c, turned, BF16),)  # noqa: E731
+        made = self.turned(tokens * heads, c, turned, BF16)
         return self.graph.node(back, found, [made], [sine])[0], Value(mass)
 
     def _parts_back(self, parts: Sequence[Part], entries: int, places: int, c: int) -> None:

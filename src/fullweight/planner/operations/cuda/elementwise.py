@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fullweight.planner.graph import Value
+from fullweight.planner.operations.accelerator import Accelerator
 from fullweight.planner.operations.base import BF16, FP32, Back
-from fullweight.planner.operations.reference import Reference
 from fullweight.planner.tape import Block
 
 
-class CudaElementwise(Reference):
+class CudaElementwise(Accelerator):
     """Formulas in fp32 over rows that are kept as they came; a name that is given anew is one of the formula's."""
 
     def norm(
@@ -37,15 +37,6 @@ class CudaElementwise(Reference):
         if keep:
             self.graph.keep(value, lambda _: self._normed(rows, width, size, turned, weighed=weighed), x)
         return value
-
-    def rotary(self, x: Value, rows: int, width: int, turned: int, size: int = BF16) -> Value:
-        back = lambda g, s: (self._turned(rows, width, turned, size),)  # noqa: E731
-        return self.graph.node(back, [x], [self._turned(rows, width, turned, size)])[0]
-
-    def swiglu(self, hidden: Value, rows: int, f: int) -> Value:
-        back = lambda g, s: (self.swiglu_back(rows, f),)  # noqa: E731
-        value = self.graph.node(back, [hidden], [self.activated(rows, f)], [hidden])[0]
-        return self.graph.keep(value, lambda _: self.activated(rows, f), hidden)
 
     def activated(self, rows: int, f: int) -> Block:
         """SwiGLU of rows [2f]."""
@@ -107,7 +98,7 @@ class CudaElementwise(Reference):
         del stacked
         return made
 
-    def _turned(self, rows: int, width: int, turned: int, size: int) -> Block:
+    def turned(self, rows: int, width: int, turned: int, size: int) -> Block:
         """A rotation alone."""
         wide = self.new(rows * width * FP32 if size < FP32 else 0)
         made = self._rotated(rows, width, turned)

@@ -13,20 +13,6 @@ from fullweight.planner.tape import Block
 class CudaHyper(CudaElementwise):
     """What a sublayer takes from the streams and gives to them."""
 
-    def hyper_pre(
-        self, name: str, streams: Value, tokens: int, n: int, d: int, rounds: int
-    ) -> tuple[Value, Value, Value]:
-        logits = self._hyper_logits(f"{name}_fn", streams, tokens, n * d, (2 + n) * n)
-        weights = self.stream_weights(logits, tokens, n, rounds)
-        del logits
-        x = self._mixed(streams, weights[0], tokens, n, d)
-        self.graph.keep(x, lambda *_: self._sum(tokens, n, d), streams, Value(weights[0].block))
-        return x, weights[1], weights[2]
-
-    def hyper_head(self, name: str, streams: Value, tokens: int, n: int, d: int) -> Value:
-        logits = self._hyper_logits(f"{name}_fn", streams, tokens, n * d, n)
-        return self._mixed(streams, self.head_weights(logits, tokens, n), tokens, n, d)
-
     def _hyper_logits(self, name: str, streams: Value, tokens: int, width: int, maps: int) -> Value:
         """A product in fp32 over the root of the streams' mean square; keeps the streams, its output, the root."""
         numbers = tokens * width

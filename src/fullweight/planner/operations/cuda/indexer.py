@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from fullweight.planner.graph import Value
 from fullweight.planner.operations.base import BF16, FP32, INT64, Back
 from fullweight.planner.operations.cuda.attention import MOST_SCORES
-from fullweight.planner.operations.reference import Reference
+from fullweight.planner.operations.reference import QUERIES, Reference
 from fullweight.planner.tape import Block
-
-QUERIES = 256  # QUERY_CHUNK of ops/reference.py
 
 
 class CudaIndexer(Reference):
