@@ -1,10 +1,10 @@
 """A training step at the widths of Flash on one device: `python benchmarks/flash_block.py OUT.json [TOKENS]`.
 
-Four layers (sliding, CSA, HCA, CSA) and the MTP block of Flash with 16 experts and a vocabulary of 16,384, so
-that fp32 masters, gradients and AdamW's moments fit one accelerator. The step is the trainer's own. Each
-operation is then run again alone, forward and backward, on what the step gave it; the sum of these is not the
-step's time, which makes some results again and overlaps nothing. Weights are drawn here, plainly; losses only
-show that it learns.
+Four layers (sliding, CSA, HCA, CSA) and the MTP block of Flash with 16 experts and a vocabulary of 16,384
+(`flash_block.json`), so that fp32 masters, gradients and AdamW's moments fit one accelerator. The step is the
+trainer's own. Each operation is then run again alone, forward and backward, on what the step gave it; the sum of
+these is not the step's time, which makes some results again and overlaps nothing. Weights are drawn here,
+plainly; losses only show that it learns.
 """
 
 from __future__ import annotations
@@ -36,13 +36,7 @@ from fullweight.train.peak import matmul_rates
 from fullweight.train.step import LossConfig, Phases, training_step
 
 REPEATS = 5
-CHANGES: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "compress_ratios": [0, 4, 128, 4, 0],
-    "n_routed_experts": 16,
-    "vocab_size": 16384,
-    "num_hash_layers": 1,
-}
+CONFIG = Path(__file__).with_suffix(".json")
 
 
 class Recorder(ReferenceOperations):
@@ -125,7 +119,7 @@ def _leaf(x: Any) -> Any:
 def main(out: Path, tokens: int) -> None:
     kind = find("auto")
     device = kind.device(0)
-    config = DeepSeekV4Config.preset("flash", **CHANGES)
+    config = DeepSeekV4Config.from_file(CONFIG)
     peak = max(rate.flops_per_second for rate in matmul_rates(device))
     heads, index = config.num_attention_heads, (config.index_n_heads, config.index_head_dim, config.index_topk)
     workload = Workload(torch.bfloat16, heads, config.head_dim, *index)
@@ -164,7 +158,7 @@ def main(out: Path, tokens: int) -> None:
     record = {
         "device": kind.chip(),
         "torch": torch.__version__,
-        "changes": CHANGES,
+        "config": f"benchmarks/{CONFIG.name}",
         "tokens": tokens,
         "operations": implementations(operations.base),
         "step_seconds": middle,
